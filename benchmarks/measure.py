@@ -1,0 +1,81 @@
+"""What every benchmark needs: timing, a stamp that says what was measured on what, and the file it goes to.
+
+JAX is imported only where it is used, so that a benchmark that starts its measurements as processes of their own does not
+hold the device itself.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+)
+
+
+def time_call(fn: Callable, *args, warmup: int = 2, repeats: int = 7) -> dict[str, float]:
+    """Median, least and most seconds of fn(*args), each call waited for, after `warmup` calls that are not counted."""
+    import jax
+
+    for _ in range(warmup):
+        jax.block_until_ready(fn(*args))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        seconds.append(time.perf_counter() - began)
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def stamp(commit: str | None = None) -> dict:
+    """Device, versions, commit and time. `commit` is for a copy of the tree without its history."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else f"cpu {platform.machine()}",
+        "device_count": jax.device_count(),
+        "platform": device.platform,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "commit": commit or _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(name: str, results: dict) -> Path:
+    """Writes results, which hold a "stamp", to benchmarks/results/<name>-<device>.json, and says where that is."""
+    device = re.sub(r"[^a-z0-9]+", "-", results["stamp"]["device"].lower()).strip("-")
+    path = RESULTS / f"{name}-{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def _commit() -> str | None:
+    """The commit, marked where files differ from it; None where there is no history."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,61 @@
+"""How well a bundled model follows its text: scoring prompts through the public Pipeline, judged by the checkers.
+
+    smartdiff train --stage prepare          fetches the sprites once, which the checkers compare with
+    python benchmarks/quality.py             100 prompts in the wording of training, 100 held out
+
+Writes benchmarks/results/quality-<model>-<device>.json and a contact sheet of the first prompts.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measure import stamp, write  # noqa: E402
+from smartdiff_jax.engine.pipeline import Pipeline  # noqa: E402
+from smartdiff_jax.training.data import atlas as atlas_file  # noqa: E402
+from smartdiff_jax.training.data.captions import Captioner  # noqa: E402
+from smartdiff_jax.training.evaluate import Scorer, evaluate  # noqa: E402
+from smartdiff_jax.training.sampling import sheet  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pocket-video")
+    parser.add_argument("--atlas", type=Path, default=ROOT / "data" / "atlas.npz")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--num-inference-steps", type=int)
+    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (.png)")
+    parser.add_argument("--dry-run", action="store_true", help="do not write the result file")
+    arguments = parser.parse_args()
+    pipe = Pipeline.from_pretrained(arguments.model)
+    captioner = Captioner(atlas_file.load(arguments.atlas))
+    settings = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    kept: list[tuple[str, np.ndarray]] = []
+
+    def generate(prompts):
+        began = time.monotonic()
+        clips = [pipe(prompt, seed=seed, **settings).frames[0] for seed, prompt in enumerate(prompts)]
+        kept.extend(zip(prompts, clips, strict=True))
+        print(f"{len(clips)} clips in {time.monotonic() - began:.0f} s", flush=True)
+        return np.stack(clips)
+
+    with Scorer(captioner.atlas) as scorer:
+        report = evaluate(generate, captioner, scorer, arguments.prompts)
+    for name in ("trained", "held_out"):
+        print(name, report[name])
+    if arguments.sheet:
+        sheet(np.stack([clip for _, clip in kept[:24]]), [prompt for prompt, _ in kept[:24]], arguments.sheet)
+    if not arguments.dry_run:
+        resolved = pipe("", seed=0, **settings, output_type="latent").report.params
+        print(write(f"quality-{arguments.model}", {"stamp": stamp(), "params": resolved, **report}))
+
+
+if __name__ == "__main__":
+    main()

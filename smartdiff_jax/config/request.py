@@ -1,0 +1,142 @@
+"""User parameters: one request. Nothing here ever selects an executable but the size and the number of frames."""
+
+import secrets
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.model import ModelSpec
+from smartdiff_jax.errors import InvalidRequest
+
+MAX_SEED = 2**32 - 1
+MAX_SIDE = 8192
+MAX_FRAMES = 1001
+
+
+class GenerateParams(BaseModel):
+    """One request; None means the model's default.
+
+    size: (width, height) in pixels, or "832x480".
+    guidance_scale: classifier-free guidance; 1.0 does without the negative prompt and runs twice as fast.
+    guidance_scale_2: of the low-noise expert, for models with two experts.
+    shift: how far the schedule leans to high noise.
+    seed: None draws one, which the report tells; output i of several is the picture of seed + i alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    prompt: str = Field(max_length=20_000)
+    negative_prompt: str | None = Field(None, max_length=20_000)
+    size: tuple[int, int] | None = None
+    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+    fps: int | None = Field(None, ge=1, le=120)
+    num_inference_steps: int | None = Field(None, ge=1, le=200)
+    guidance_scale: float | None = Field(None, ge=1.0, le=100.0, allow_inf_nan=False)
+    guidance_scale_2: float | None = Field(None, ge=1.0, le=100.0, allow_inf_nan=False)
+    shift: float | None = Field(None, ge=0.01, le=100.0, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    num_outputs: int = Field(1, ge=1, le=64)
+    sampler: str | None = None
+    cache: str = "none"
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            width, cross, height = value.lower().partition("x")
+            if not (cross and width.strip().isdigit() and height.strip().isdigit()):
+                raise ValueError("write it as WIDTHxHEIGHT, for example 832x480")
+            return int(width), int(height)
+        return value
+
+    @classmethod
+    def create(cls, **fields: Any) -> "GenerateParams":
+        """Checked parameters, or one InvalidRequest that names every wrong field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise_invalid(error, InvalidRequest, cls)
+
+
+class ResolvedParams(BaseModel):
+    """A request with every default filled in and checked against the model: nothing is None but what does not apply."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    shift: float
+    seed: int
+    num_outputs: int
+    sampler: str
+    cache: str
+
+
+def resolve(params: GenerateParams, spec: ModelSpec, *, size_multiple: int, frame_multiple: int) -> ResolvedParams:
+    """Fill in the model's defaults and check what only the model can know.
+
+    size_multiple: width and height must divide by it (VAE stride x patch size).
+    frame_multiple: frames are 1 more than a multiple of it (the VAE's temporal stride); 0 for a picture model.
+    """
+    defaults = spec.sampling
+    width, height = params.size or (defaults.width, defaults.height)
+    _check_size(width, height, size_multiple)
+    num_frames = params.num_frames if params.num_frames is not None else defaults.num_frames
+    _check_frames(num_frames, frame_multiple, spec)
+    if params.guidance_scale_2 is not None and defaults.boundary is None:
+        raise InvalidRequest("guidance_scale_2", params.guidance_scale_2, f"{spec.name} has one expert; use guidance_scale")
+    guidance_scale = _first(params.guidance_scale, defaults.guidance_scale)
+    second = None
+    if defaults.boundary is not None:
+        second = _first(params.guidance_scale_2, params.guidance_scale, defaults.guidance_scale_2, guidance_scale)
+    return ResolvedParams(
+        prompt=params.prompt,
+        negative_prompt=_first(params.negative_prompt, defaults.negative_prompt),
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=_first(params.fps, defaults.fps),
+        num_inference_steps=_first(params.num_inference_steps, defaults.num_inference_steps),
+        guidance_scale=guidance_scale,
+        guidance_scale_2=second,
+        shift=_first(params.shift, defaults.shift_for(height)),
+        seed=_first(params.seed, secrets.randbelow(MAX_SEED)),
+        num_outputs=params.num_outputs,
+        sampler=_first(params.sampler, defaults.sampler),
+        cache=params.cache,
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _check_size(width: int, height: int, multiple: int) -> None:
+    if width % multiple or height % multiple or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        near = [
+            min(max(multiple, round(side / multiple) * multiple), MAX_SIDE // multiple * multiple) for side in (width, height)
+        ]
+        raise InvalidRequest(
+            "size",
+            f"{width}x{height}",
+            f"width and height must divide by {multiple}; the nearest is {near[0]}x{near[1]}",
+        )
+
+
+def _check_frames(num_frames: int, multiple: int, spec: ModelSpec) -> None:
+    if multiple == 0:
+        if num_frames != 1:
+            raise InvalidRequest("num_frames", num_frames, f"{spec.name} makes pictures; leave it out or use 1")
+    elif (num_frames - 1) % multiple:
+        below = (num_frames - 1) // multiple * multiple + 1
+        raise InvalidRequest(
+            "num_frames", num_frames, f"must be 1 more than a multiple of {multiple}; use {below} or {below + multiple}"
+        )

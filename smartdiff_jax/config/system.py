@@ -1,0 +1,72 @@
+"""System parameters: from start to stop of a process, set by whoever operates it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.errors import InvalidConfig
+
+
+class MeshConfig(BaseModel):
+    """How many devices along each axis of the mesh; the product is the number of devices used.
+
+    data: several outputs at once. cfg: the branches of guidance. ring, ulysses: the token sequence. tensor: heads and
+    feed-forward columns.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: int = Field(default=1, ge=1)
+    cfg: int = Field(default=1, ge=1, le=2)
+    ring: int = Field(default=1, ge=1)
+    ulysses: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.cfg * self.ring * self.ulysses * self.tensor
+
+
+class SystemConfig(BaseModel):
+    """One process.
+
+    dtype: of weights and activations; "auto" is bfloat16 on a GPU and float32 elsewhere. float32 means all of it.
+    attention: a kernel by name, or "auto" for the fastest that serves each shape.
+    guidance: how the two branches of classifier-free guidance run on one device: one after the other, or as a batch of two.
+    cache_dir: converted weights, downloads and compiled executables are kept here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mesh: MeshConfig = MeshConfig()
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    attention: str = "auto"
+    guidance: Literal["sequential", "batched"] = "sequential"
+    cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "smartdiff")
+
+    @classmethod
+    def create(cls, **fields: Any) -> "SystemConfig":
+        """A checked configuration, or one InvalidConfig that names every wrong field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise_invalid(error, InvalidConfig, cls)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SystemConfig":
+        """Read a YAML file whose keys are the fields of this class."""
+        path = Path(path)
+        try:
+            fields = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise InvalidConfig(
+                "config", str(path), f"cannot be read ({error.strerror}); give the path of a YAML file"
+            ) from None
+        except yaml.YAMLError as error:
+            raise InvalidConfig("config", str(path), f"is not valid YAML: {error}") from None
+        if not isinstance(fields, dict | None):
+            raise InvalidConfig("config", str(path), f"must hold fields such as {', '.join(cls.model_fields)}")
+        return cls.create(**(fields or {}))

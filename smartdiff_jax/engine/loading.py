@@ -1,0 +1,227 @@
+"""From a name or a folder to a model in place: which weights, which architecture numbers, where they go."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.model import ModelSpec, SamplingDefaults, bundled_folder, known_models
+from smartdiff_jax.config.request import ResolvedParams
+from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.engine.compilation import keep_executables
+from smartdiff_jax.errors import CheckpointError, InvalidConfig
+from smartdiff_jax.models.families import FAMILIES, Family, family_of_pipeline
+from smartdiff_jax.models.family import Architecture
+from smartdiff_jax.sharding.mesh import make_mesh, replicated
+from smartdiff_jax.stages.text_encode import load_tokenizer
+from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
+from smartdiff_jax.weights.hub import fetch
+from smartdiff_jax.weights.store import WeightStore, store_key
+from smartdiff_jax.weights.stream import abstract, load
+
+SAMPLER_OF_SCHEDULER = {
+    "UniPCMultistepScheduler": "flow_unipc",
+    "DPMSolverMultistepScheduler": "flow_dpmpp",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Weights on the mesh and what is needed to run them. Pairs are (graphdef, weights)."""
+
+    spec: ModelSpec
+    family: Family
+    mesh: Mesh
+    dtype: Any
+    tokenizer: Tokenizer
+    max_text_length: int
+    pad_id: int
+    text_encoder: tuple[Any, Any]
+    vae: tuple[Any, Any]
+    denoiser_graph: Any
+    denoisers: list[Any]
+    configs: dict[str, Any]
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        return tuple(self.configs["transformer"].patch_size)
+
+    @property
+    def text_dim(self) -> int:
+        return self.configs["transformer"].text_dim
+
+    @property
+    def spatial_stride(self) -> int:
+        return self.configs["vae"].spatial_stride
+
+    @property
+    def temporal_stride(self) -> int:
+        return self.configs["vae"].temporal_stride
+
+    @property
+    def size_multiple(self) -> int:
+        return self.spatial_stride * self.patch_size[1]
+
+    def latent_shape(self, params: ResolvedParams) -> tuple[int, ...]:
+        """(1, c, f, h, w) for a request's size."""
+        return (
+            1,
+            self.configs["vae"].z_dim,
+            (params.num_frames - 1) // self.temporal_stride + 1,
+            params.height // self.spatial_stride,
+            params.width // self.spatial_stride,
+        )
+
+    def grid(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens along (frames, rows, columns) of latents [b, c, f, h, w]."""
+        return tuple(size // patch for size, patch in zip(latent_shape[2:], self.patch_size, strict=True))
+
+    def rope(self, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The rotary table of latents of that shape."""
+        return _rope(self.family.rope_table, self.grid(latent_shape), self.configs["transformer"].attention_head_dim)
+
+
+@lru_cache(maxsize=8)
+def _rope(rope_table: Callable, grid: tuple[int, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    return rope_table(grid, head_dim)
+
+
+def load_model(model: str | Path, weights: str | Path | None, system: SystemConfig) -> LoadedModel:
+    """Find the weights, read their numbers, place them. See Pipeline.from_pretrained for what `model` may be."""
+    keep_executables(system.cache_dir / "executables")
+    mesh = make_mesh(system.mesh)
+    dtype = resolve_dtype(system.dtype)
+    folder, spec = locate(model, weights, system.cache_dir)
+    family = FAMILIES[spec.family]
+    components: dict[str, tuple[Any, Any]] = {}
+    configs: dict[str, Any] = {}
+    # A bundled model loads as fast from its own 8-bit files, so nothing of it is stored twice.
+    store = None if spec.bundled else WeightStore(system.cache_dir / "weights")
+    for name, architecture in family.architectures.items():
+        if name in family.optional and folder.component(name) is None:
+            continue
+        component = folder.require(name)
+        _check_numbers(spec, name, component.config)
+        configs[name] = read_config(architecture, component)
+        components[name] = _load_component(architecture, configs[name], component, dtype, mesh, store)
+    if ("transformer_2" in components) != (spec.sampling.boundary is not None):
+        raise CheckpointError(
+            f"{folder.path} holds {'two experts' if 'transformer_2' in components else 'one expert'}, but its "
+            f"boundary_ratio is {spec.sampling.boundary}; two experts need a boundary_ratio in model_index.json, one has none"
+        )
+    limit = folder.require("tokenizer").config.get("model_max_length", family.max_text_length)
+    return LoadedModel(
+        spec=spec,
+        family=family,
+        mesh=mesh,
+        dtype=dtype,
+        tokenizer=load_tokenizer(folder.path / "tokenizer"),
+        max_text_length=min(family.max_text_length, int(limit)),
+        pad_id=int(folder.require("text_encoder").config.get("pad_token_id", 0)),
+        text_encoder=components["text_encoder"],
+        vae=components["vae"],
+        denoiser_graph=components["transformer"][0],
+        denoisers=[components[name][1] for name in ("transformer", "transformer_2") if name in components],
+        configs=configs,
+    )
+
+
+def read_config(architecture: Architecture, component: Component) -> Any:
+    """The component's numbers, checked."""
+    try:
+        return architecture.config.model_validate(component.config)
+    except ValidationError as error:
+        raise_invalid(error, InvalidConfig, architecture.config, where=f" in {component.path / 'config.json'}")
+
+
+def _load_component(
+    architecture: Architecture, config: Any, component: Component, dtype: Any, mesh: Mesh, store: WeightStore | None
+) -> tuple[Any, Any]:
+    """(graphdef, weights): from the store of converted weights where they are, else from the checkpoint's files."""
+    sharding = replicated(mesh)
+
+    def sharding_for(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return sharding
+
+    def convert() -> Any:
+        return load(architecture, config, component.tensors(), dtype, sharding_for, where=component.path)
+
+    graphdef, target = abstract(architecture, config, dtype, sharding_for)
+    if store is None:
+        return graphdef, convert()
+    return graphdef, store.get_or_convert(store_key(architecture, config, component.files, dtype), target, convert)
+
+
+def resolve_dtype(name: str) -> Any:
+    """ "auto" is bfloat16 on a GPU, float32 elsewhere, where half precision is slower."""
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return jnp.dtype(name)
+
+
+def locate(model: str | Path, weights: str | Path | None, cache_dir: Path) -> tuple[CheckpointFolder, ModelSpec]:
+    """The checkpoint folder and the spec of what the caller named."""
+    name = str(model)
+    known = known_models()
+    if name in known:
+        spec = known[name]
+        if weights is not None:
+            return open_folder(Path(weights)), spec.model_copy(update={"bundled": False})
+        if spec.bundled:
+            return open_folder(bundled_folder(name)), spec
+        if spec.repo is None:
+            raise InvalidConfig("weights", None, f"{name} is published nowhere; give the folder of its weights")
+        return open_folder(fetch(spec.repo, cache_dir / "hub")), spec
+    if weights is not None:
+        raise InvalidConfig("weights", str(weights), f"goes with a known model name, and {name!r} is none; leave one out")
+    if Path(name).is_dir():
+        folder = open_folder(Path(name))
+        return folder, spec_of(folder)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = open_folder(fetch(name, cache_dir / "hub"))
+        return folder, spec_of(folder)
+    raise InvalidConfig("model", name, f"is no folder, no hub id (organisation/name), and no known name ({', '.join(known)})")
+
+
+def spec_of(folder: CheckpointFolder) -> ModelSpec:
+    """A spec for a folder that is not known by name: its family's defaults, its own scheduler and boundary."""
+    family = family_of_pipeline(folder.pipeline_class)
+    if family is None:
+        served = ", ".join(family.pipeline_class for family in FAMILIES.values())
+        raise CheckpointError(f"{folder.path} is a {folder.pipeline_class}; served are {served}")
+    scheduler = folder.require("scheduler")
+    scheduler_class = scheduler.class_name
+    if scheduler_class not in SAMPLER_OF_SCHEDULER:
+        raise CheckpointError(
+            f"{folder.path}/scheduler names {scheduler_class!r}; served are {', '.join(SAMPLER_OF_SCHEDULER)}"
+        )
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    return ModelSpec(
+        name=folder.path.name,
+        family=family.name,
+        task=family.task,  # pyright: ignore[reportArgumentType]
+        sampling=SamplingDefaults(
+            sampler=SAMPLER_OF_SCHEDULER[scheduler_class], shift=shift, boundary=folder.settings.get("boundary_ratio")
+        ),
+    )
+
+
+def _check_numbers(spec: ModelSpec, component: str, config: dict[str, Any]) -> None:
+    """A folder loaded under a known name must be that model."""
+    for field, expected in spec.components.get(component, {}).items():
+        found = config.get(field, expected)
+        if found != expected:
+            raise CheckpointError(
+                f"{component}/config.json has {field}={found!r}, but {spec.name} has {expected!r}; "
+                "load the folder by its path instead of that name"
+            )

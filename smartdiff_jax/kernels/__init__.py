@@ -1,0 +1,26 @@
+"""Attention on one device: one contract (`base.AttentionFn`), one file a kernel."""
+
+from smartdiff_jax.errors import Unsupported
+from smartdiff_jax.kernels.base import AttentionFn
+from smartdiff_jax.kernels.cudnn import cudnn_attention
+from smartdiff_jax.kernels.xla import xla_attention
+from smartdiff_jax.registry import Registry
+
+PREFERENCE = ("cudnn", "xla")
+"""What `attention: auto` tries for each shape, best first."""
+
+
+def auto_attention(q, k, v, *, kv_length=None, scale=None, with_lse=False):
+    """The first kernel of PREFERENCE that serves the call."""
+    reasons = []
+    for name in PREFERENCE:
+        try:
+            return ATTENTION[name](q, k, v, kv_length=kv_length, scale=scale, with_lse=with_lse)
+        except Unsupported as error:
+            reasons.append(str(error))
+    raise Unsupported("; ".join(reasons))
+
+
+ATTENTION: Registry[AttentionFn] = Registry(
+    "attention", {"auto": auto_attention, "cudnn": cudnn_attention, "xla": xla_attention}
+)

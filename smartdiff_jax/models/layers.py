@@ -1,0 +1,152 @@
+"""Layers that the transformers share.
+
+The dtype of a layer's kernel is the dtype it computes in; norms, modulation and activations are float32 whatever goes
+in, and the caller casts back. Blocks are stacked along a leading axis and run by one scan.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, in the kernel's dtype unless `compute_dtype` says otherwise.
+
+    kernel [in, out], Xavier uniform unless told otherwise; bias zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        compute_dtype: DTypeLike | None = None,
+        kernel_init: Initializer = initializers.xavier_uniform(),
+    ):
+        self.compute_dtype = compute_dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        kernel = self.kernel[...]
+        dtype = self.compute_dtype or kernel.dtype
+        y = x.astype(dtype) @ kernel.astype(dtype)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, activation (in float32), Linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        activation: Callable[[Array], Array],
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer = initializers.xavier_uniform(),
+    ):
+        self.activation = activation
+        self.linear_1 = Linear(in_features, hidden_features, rngs, dtype=dtype, kernel_init=kernel_init)
+        self.linear_2 = Linear(hidden_features, out_features, rngs, dtype=dtype, kernel_init=kernel_init)
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        return self.linear_2(self.activation(self.linear_1(x).astype(jnp.float32)))
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis with a learned scale; float32 out."""
+
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike = jnp.float32):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features, dtype))
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis with learned float32 scale and bias; float32 out."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """Layer norm over the last axis without parameters; float32 out."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+    """What the timestep does to one sublayer (adaLN, arXiv 2212.09748): float32, each [b, 1, d]."""
+
+    shift: Array
+    scale: Array
+    gate: Array
+
+
+def modulated_norm(
+    x: Float[Array, "b s d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"], eps: float
+) -> Float[Array, "b s d"]:
+    """Layer norm, scaled and shifted in float32, in x's dtype."""
+    return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def gated_add(x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b 1 d"]) -> Float[Array, "b s d"]:
+    """x + gate * y in float32, in x's dtype."""
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+def timestep_embedding(timestep: Float[Array, " b"], dim: int, max_period: float = 10_000.0) -> Float[Array, "b e"]:
+    """Sinusoids of the timestep, cosines first: float32 [b, dim], dim even."""
+    frequencies = max_period ** (-np.arange(dim // 2) / (dim // 2))
+    angles = timestep.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def gelu(x: Array) -> Array:
+    """GELU in its tanh form."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def stack_blocks(make_block: Callable[[nnx.Rngs], Block], num_blocks: int, rngs: nnx.Rngs) -> Block:
+    """One module whose every parameter has a leading [num_blocks] axis, each block drawn on its own."""
+    return nnx.split_rngs(splits=num_blocks)(nnx.vmap(make_block))(rngs)
+
+
+def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], hidden: T) -> T:
+    """Run stacked blocks lo to hi - 1 over `hidden`: `call(block, hidden)` is traced once."""
+    graphdef, stack = nnx.split(blocks)
+
+    def body(hidden: T, index: Array) -> tuple[T, None]:
+        # Indexed here and not sliced [lo:hi] outside: that would be a second copy of the weights on the device.
+        layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+        return call(nnx.merge(graphdef, layer), hidden), None
+
+    return jax.lax.scan(body, hidden, jnp.arange(lo, hi))[0]

@@ -1,0 +1,38 @@
+"""Rotary position embedding over several axes (RoFormer, arXiv 2104.09864), as data that travels with the tokens.
+
+Tables are made on the host in float64 and handed over as float32, so a compiled model depends on the number of tokens
+and not on the grid they came from. Pairs are interleaved: features 2i and 2i + 1 of a head turn together.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def axial_rope_table(
+    grid: Sequence[int], axes_dim: Sequence[int], theta: float = 10_000.0
+) -> tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]:
+    """Cosines and sines of every point of a grid, first axis outermost.
+
+    `axes_dim` says how many features of a head turn with each axis (all even); r = sum(axes_dim) / 2.
+    """
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, axes_dim, strict=True)):
+        frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        shape = [1] * len(grid) + [dim // 2]
+        shape[axis] = size
+        along_axis = np.outer(np.arange(size), frequencies).reshape(shape)
+        angles.append(np.broadcast_to(along_axis, (*grid, dim // 2)))
+    table = np.concatenate(angles, axis=-1).reshape(-1, sum(axes_dim) // 2)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def apply_rope(x: Float[Array, "b s h d"], cos: Float[Array, "s r"], sin: Float[Array, "s r"]) -> Float[Array, "b s h d"]:
+    """Turn the pairs of each head, in float32, back in x's dtype."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos = cos[:, None, :, None]
+    signed_sin = sin[:, None, :, None] * jnp.array([-1.0, 1.0])
+    # A reversed pair instead of two strided halves: XLA fuses this with the norm before it.
+    return (pairs * cos + pairs[..., ::-1] * signed_sin).reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,33 @@
+"""What a stage is: a generator that yields progress between its chunks, and its result last.
+
+Between two yields the caller may show progress, cancel, or give another job its turn.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of a stage are finished."""
+
+    stage: str
+    done: int
+    total: int
+
+
+def jit_in(dtype: Any, function: Callable, **options: Any) -> Any:
+    """jax.jit of a stage that computes in `dtype`: float32 means float32, where a GPU would multiply in TF32."""
+    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.default_matmul_precision(precision):
+            return function(*args, **kwargs)
+
+    return jax.jit(traced, **options)

@@ -1,0 +1,32 @@
+"""Latents to pixels."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from smartdiff_jax.stages.base import jit_in
+
+WHOLE_CLIP_LATENTS = 4096
+"""A clip of at most so many latent positions is decoded at once: its activations are small, and one pass is faster."""
+
+
+class Decode:
+    """The VAE's decoder and the last mile to pixel values, one executable a shape."""
+
+    def __init__(self, graphdef: Any, weights: Any, dtype: Any):
+        self._weights = weights
+
+        def decode(weights, latents, to_uint8):
+            chunk = None if math.prod(latents.shape[2:]) <= WHOLE_CLIP_LATENTS else 1
+            pixels = nnx.merge(graphdef, weights).decode(latents, chunk=chunk)
+            unit = jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+            return jnp.round(unit * 255.0).astype(jnp.uint8) if to_uint8 else unit
+
+        self._decode = jit_in(dtype, decode, static_argnames="to_uint8")
+
+    def __call__(self, latents: Float[Array, "b c f h w"], to_uint8: bool = True) -> Array:
+        """[b c f h w] to frames [b, f', h', w', 3]: uint8, or float32 in [0, 1]."""
+        return self._decode(self._weights, latents, to_uint8=to_uint8)

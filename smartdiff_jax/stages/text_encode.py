@@ -1,0 +1,80 @@
+"""Prompts to text states."""
+
+import dataclasses
+import html
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from tokenizers import Tokenizer
+
+from smartdiff_jax.errors import CheckpointError, InvalidRequest
+from smartdiff_jax.stages.base import jit_in
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedText:
+    """states [1, l, d], zero behind the prompt's own tokens; num_tokens counts those before any truncation."""
+
+    states: Float[Array, "1 l d"]
+    num_tokens: int
+    truncated: bool
+
+
+class TextEncode:
+    """Tokenizer and encoder of one model; every prompt is padded to `max_length`, so one executable serves all."""
+
+    def __init__(self, tokenizer: Tokenizer, graphdef: Any, weights: Any, max_length: int, pad_id: int, dtype: Any):
+        self._tokenizer, self._weights = tokenizer, weights
+        self.max_length, self._pad_id = max_length, pad_id
+
+        def encode(weights, ids, mask):
+            states = nnx.merge(graphdef, weights)(ids, mask)
+            return states * mask[:, :, None].astype(states.dtype)
+
+        self._encode = jit_in(dtype, encode)
+
+    def __call__(self, prompt: str) -> EncodedText:
+        """Clean, tokenize, truncate to `max_length` (end token kept) and encode."""
+        encoding = self._tokenizer.encode(clean_prompt(prompt))
+        num_tokens = len(encoding.ids)
+        encoding.truncate(self.max_length)
+        ids = np.full((1, self.max_length), self._pad_id, np.int32)
+        ids[0, : len(encoding.ids)] = encoding.ids
+        if num_tokens > self.max_length:
+            # The end token closes a truncated prompt too, as transformers' tokenizers do it.
+            ids[0, -1] = self._tokenizer.encode("").ids[-1]
+        mask = np.zeros((1, self.max_length), np.int32)
+        mask[0, : len(encoding.ids)] = 1
+        return EncodedText(self._encode(self._weights, ids, mask), num_tokens, num_tokens > self.max_length)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken unicode, undo HTML escapes, and make every run of white space one space (as upstream's pipeline does)."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return " ".join(text.split())
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The checkpoint's own fast tokenizer, without its padding and truncation settings."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; the folder must hold the tokenizer in its fast form (tokenizer.json)")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for anything it cannot parse
+        raise CheckpointError(f"{file} is not a tokenizer: {error}; download it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def check_embeds(name: str, embeds: object, text_dim: int, max_length: int) -> np.ndarray:
+    """Text states a caller brings: [1, l, d] with l at most `max_length`; zero-padded to it, as the model's own are."""
+    array = np.asarray(embeds, dtype=np.float32)
+    if array.ndim != 3 or array.shape[0] != 1 or array.shape[2] != text_dim or not 0 < array.shape[1] <= max_length:
+        raise InvalidRequest(name, array.shape, f"must be shaped (1, length <= {max_length}, {text_dim})")
+    return np.pad(array, ((0, 0), (0, max_length - array.shape[1]), (0, 0)))

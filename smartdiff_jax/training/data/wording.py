@@ -1,0 +1,217 @@
+"""The words of captions: colours, motions, styles, and how they are put into a sentence.
+
+`TRAINING` wordings are what a model learns from; `HELD_OUT` wordings say the same in verbs and sentence shapes it never saw.
+Eight times in ten the first phrase of a list is used, else a synonym.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+BACKGROUNDS: Mapping[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.16, 0.16),
+    "orange": (0.98, 0.55, 0.10),
+    "yellow": (0.99, 0.86, 0.20),
+    "green": (0.18, 0.65, 0.28),
+    "cyan": (0.25, 0.80, 0.88),
+    "blue": (0.14, 0.35, 0.88),
+    "purple": (0.50, 0.22, 0.72),
+    "pink": (0.98, 0.55, 0.75),
+    "brown": (0.47, 0.30, 0.17),
+    "black": (0.06, 0.06, 0.06),
+    "gray": (0.55, 0.55, 0.55),
+    "white": (0.96, 0.96, 0.96),
+}
+COLOURS: Mapping[str, tuple[float, float, float]] = {
+    name: BACKGROUNDS[name] for name in ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+}
+PROCEDURAL = (
+    "left",
+    "right",
+    "up",
+    "down",
+    "clockwise",
+    "counterclockwise",
+    "grow",
+    "shrink",
+    "bounce",
+    "shake",
+    "swing",
+)
+MOTIONS = (*PROCEDURAL, "still", "animated")
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a scene shows, by name. `background` holds one colour, or two from top to bottom; `colour` None is its own."""
+
+    subject: str
+    style: str
+    colour: str | None
+    background: tuple[str, ...]
+    motion: str
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Phrases after the subject and adjectives before it for every motion, and the shapes of sentences."""
+
+    after: Mapping[str, Sequence[str]]
+    before: Mapping[str, Sequence[str]]
+    style_before: Mapping[str, Sequence[str]]
+    style_after: Mapping[str, Sequence[str]]
+    background_first: Sequence[str]
+    background_last: Sequence[str]
+    gradients: Sequence[str]
+
+
+TRAINING = Wording(
+    after={
+        "left": ("moving left", "moving to the left", "sliding left", "going left", "drifting left"),
+        "right": ("moving right", "moving to the right", "sliding right", "going right", "drifting right"),
+        "up": ("moving up", "rising", "moving upwards", "floating up", "going up"),
+        "down": ("moving down", "falling", "moving downwards", "sinking down", "going down"),
+        "clockwise": ("spinning clockwise", "rotating clockwise", "turning clockwise"),
+        "counterclockwise": (
+            "spinning counterclockwise",
+            "rotating counterclockwise",
+            "spinning counter-clockwise",
+            "spinning anticlockwise",
+            "turning counterclockwise",
+        ),
+        "grow": ("growing", "zooming in", "getting bigger", "growing larger"),
+        "shrink": ("shrinking", "zooming out", "getting smaller"),
+        "bounce": ("bouncing", "jumping", "hopping", "bouncing up and down"),
+        "shake": ("shaking", "trembling", "vibrating"),
+        "swing": ("swinging", "rocking", "swaying", "swinging back and forth"),
+        "still": ("standing still", "not moving", "motionless"),
+        "animated": ("animated", "in motion", "coming alive"),
+    },
+    before={
+        "grow": ("growing",),
+        "shrink": ("shrinking",),
+        "bounce": ("bouncing", "jumping"),
+        "shake": ("shaking", "trembling"),
+        "swing": ("swinging", "swaying"),
+        "still": ("still", "motionless"),
+        "animated": ("animated",),
+    },
+    style_before={"3d": ("3d", "3d style"), "flat": ("flat", "flat style"), "noto": ("cartoon", "noto style")},
+    style_after={
+        "3d": ("3d", "3d style", "in 3d"),
+        "flat": ("flat style", "flat", "flat design"),
+        "noto": ("cartoon style", "noto style", "drawn as a cartoon"),
+    },
+    background_first=("{} background, ", "on a {} background, "),
+    background_last=(" on a {} background", ", {} background", " on {}", " in front of a {} background"),
+    gradients=("{} to {}", "{} to {} gradient"),
+)
+
+HELD_OUT = Wording(
+    after={
+        "left": ("heading left", "travelling to the left"),
+        "right": ("heading right", "travelling to the right"),
+        "up": ("travelling up", "going upwards"),
+        "down": ("travelling down", "dropping down"),
+        "clockwise": ("revolving clockwise", "turning round clockwise"),
+        "counterclockwise": ("revolving counterclockwise", "rotating anticlockwise"),
+        "grow": ("becoming bigger", "growing and growing"),
+        "shrink": ("becoming smaller", "shrinking away"),
+        "bounce": ("hopping up and down", "bouncing around"),
+        "shake": ("shaking and trembling", "shaking all over"),
+        "swing": ("rocking back and forth", "swinging to and fro"),
+        "still": ("without moving", "staying still"),
+        "animated": ("shown in motion", "shown animated"),
+    },
+    before={},
+    style_before={"3d": ("3d",), "flat": ("flat design",), "noto": ("cartoon style",)},
+    style_after={"3d": ("as a 3d picture",), "flat": ("as a flat picture",), "noto": ("as a cartoon",)},
+    background_first=("{} behind, ", "in front of {}: "),
+    background_last=(" over a {} background", ", the background is {}", " with a {} background"),
+    gradients=("{} turning to {}",),
+)
+
+A_BEFORE_VOWEL = re.compile(r"(u[nf][oi]|uni|eu|one)")
+AN_BEFORE_CONSONANT = re.compile(r"(x-|suv|hour)")
+PLURAL = re.compile(r"(?<![sui])s$")
+REST_OF_NAME = re.compile(r" (of|in|with|on|at|up|down|pointing|raised|spouting|lowered)\b.*")
+
+
+def article(noun: str, subject: str) -> str:
+    """ "a", "an", or nothing before a plural; `noun` starts with the next word, `subject` is the name itself."""
+    if PLURAL.search(REST_OF_NAME.sub("", subject)):
+        return ""
+    vowel = noun[0] in "aeiou" and not A_BEFORE_VOWEL.match(noun)
+    return "an " if vowel or AN_BEFORE_CONSONANT.match(noun) else "a "
+
+
+def _pick(choices: Sequence[str], dice: random.Random, first: float) -> str:
+    return choices[0] if len(choices) == 1 or dice.random() < first else choices[1 + int(dice.random() * (len(choices) - 1))]
+
+
+def sentence(
+    shown: Attributes,
+    own_motion: str,
+    dice: random.Random,
+    synonyms: Sequence[str] = (),
+    wording: Wording = TRAINING,
+    drop: bool = True,
+) -> str:
+    """One caption of `shown`.
+
+    `own_motion` is what this picture does when nobody says anything ("animated" or "still"). With `drop`, words that may be
+    omitted sometimes are: the style if it is 3d, the background, the motion if it is the picture's own, the article.
+    """
+    first = 0.8
+    subject = dice.choice(synonyms) if synonyms and drop and dice.random() < 0.2 else shown.subject
+    noun = f"{shown.colour} {subject}" if shown.colour else subject
+
+    say_motion = shown.motion != own_motion or dice.random() < (0.5 if drop else 1.0)
+    motion_before = ""
+    motion_after = ""
+    if say_motion:
+        if shown.motion in wording.before and dice.random() < (0.7 if shown.motion in ("still", "animated") else 0.2):
+            motion_before = _pick(wording.before[shown.motion], dice, first)
+        else:
+            motion_after = _pick(wording.after[shown.motion], dice, first)
+
+    style_before = ""
+    style_after = ""
+    if shown.style != "3d" or (drop and dice.random() < 0.25):
+        if dice.random() < 0.5:
+            style_before = _pick(wording.style_before[shown.style], dice, 0.6)
+        else:
+            style_after = _pick(wording.style_after[shown.style], dice, 0.6)
+
+    head = " ".join(word for word in (style_before, motion_before, noun) if word)
+    if not drop or dice.random() < 0.75:
+        head = article(head, subject) + head
+    if motion_after:
+        head += " " + motion_after
+    if style_after:
+        head += ", " + style_after
+    if drop and dice.random() < 0.12:
+        return head
+    ground = shown.background[0]
+    if len(shown.background) == 2:
+        ground = _pick(wording.gradients, dice, first).format(*shown.background)
+    if dice.random() < 0.2:
+        return fix_article(_pick(wording.background_first, dice, 0.5).format(ground)) + head
+    tail = fix_article(_pick(wording.background_last, dice, 0.5).format(ground))
+    return head + ("," if style_after and not tail.startswith(",") else "") + tail
+
+
+def fix_article(phrase: str) -> str:
+    """ "on a orange background" with its "an"."""
+    return phrase.replace(" a orange", " an orange")
+
+
+def vocabulary(names: Sequence[str], synonyms: Sequence[Sequence[str]]) -> list[str]:
+    """Every lower-case word that a training or held-out caption can hold, sorted: what a tokenizer is built from."""
+    texts = [*names, *(word for words in synonyms for word in words), *BACKGROUNDS, "a an to"]
+    for wording in (TRAINING, HELD_OUT):
+        for table in (wording.after, wording.before, wording.style_before, wording.style_after):
+            texts += [phrase for phrases in table.values() for phrase in phrases]
+        texts += [*wording.background_first, *wording.background_last, *wording.gradients]
+    return sorted({word for text in texts for word in re.findall(r"[^\s,:{}]+", text)})

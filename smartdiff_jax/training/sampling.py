@@ -1,0 +1,88 @@
+"""Latents from the weights in training, through the product's own denoise loop, and contact sheets of what they decode to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image, ImageDraw
+
+from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.models.families import Family
+from smartdiff_jax.models.family import Conditioning
+from smartdiff_jax.samplers import MAX_STEPS, SAMPLERS
+from smartdiff_jax.stages.denoise import DenoiseLoop
+from smartdiff_jax.stages.guidance import GUIDANCE
+from smartdiff_jax.training.flow_matching import TEXT_ENCODER, TRANSFORMER, attend_with, part_of, text_states
+from smartdiff_jax.training.state import Component, Params
+
+MARGIN, LABEL = 4, 14
+
+
+class Generator:
+    """Prompts to latents, many at once; one executable for every batch of prompts of the same size."""
+
+    def __init__(
+        self,
+        family: Family,
+        transformer: Component,
+        text_encoder: Component,
+        latent_shape: tuple[int, int, int, int],
+        attention: str,
+    ):
+        patch = transformer.config.patch_size
+        grid = tuple(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
+        cos, sin = family.rope_table(grid, transformer.config.attention_head_dim)
+        self._rope = jnp.asarray(cos), jnp.asarray(sin)
+        attend, device = attend_with(attention), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._loop = DenoiseLoop(transformer.graphdef, attend, GUIDANCE["sequential"], transformer.dtype, device)
+        self._encode = jax.jit(lambda params, ids: text_states(text_encoder.module(params), ids))
+        self._weights = jax.jit(transformer.weights)
+        self._unpack = jax.jit(lambda tokens: family.unpack(tokens, grid, patch))
+
+        def noise(seed: Array, n: int) -> Array:
+            return family.pack(jax.random.normal(jax.random.key(seed), (n, *latent_shape)), patch)
+
+        self._noise = jax.jit(noise, static_argnums=1)
+
+    def __call__(
+        self,
+        params: Params,
+        ids: Int[np.ndarray, "n l"],
+        empty: Int[np.ndarray, "1 l"],
+        seed: int,
+        num_steps: int,
+        guidance_scale: float,
+        shift: float,
+        sampler: str,
+    ) -> Float[Array, "n c f h w"]:
+        """ids: of the prompts; empty: of the empty prompt, for guidance. params: of transformer and text encoder."""
+        n = len(ids)
+        states = self._encode(part_of(params, TEXT_ENCODER), np.concatenate([ids, np.repeat(empty, n, axis=0)]))
+        conditioning = Conditioning(states.reshape(2, n, *states.shape[1:]), *self._rope)
+        solver, policy = SAMPLERS[sampler], POLICIES["none"]()
+        weights = self._weights(part_of(params, TRANSFORMER))
+        carry = self._loop.start(weights, self._noise(np.uint32(seed), n), conditioning, policy, solver)
+        schedule = solver.schedule(num_steps, shift)
+        scale = np.full(MAX_STEPS, guidance_scale, np.float32)
+        carry = self._loop.run(weights, carry, conditioning, schedule, scale, policy, solver, np.int32(0), np.int32(num_steps))
+        return self._unpack(carry.tokens)
+
+
+def sheet(clips: UInt8[np.ndarray, "n f h w 3"], labels: Sequence[str], file: Path, frames: int = 4, columns: int = 2) -> None:
+    """A picture of `frames` frames of every clip in a row of its own, `columns` rows side by side, each with its label."""
+    n, total, height, width, _ = clips.shape
+    wanted = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
+    cell = len(wanted) * (width + MARGIN) + 2 * MARGIN, height + LABEL + MARGIN
+    rows = -(-n // columns)
+    canvas = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+        left, top = (index % columns) * cell[0] + MARGIN, (index // columns) * cell[1]
+        draw.text((left, top + 1), label[: cell[0] // 6], fill="black")
+        for column, frame in enumerate(wanted):
+            canvas.paste(Image.fromarray(clip[frame]), (left + column * (width + MARGIN), top + LABEL))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(file)

@@ -1,0 +1,318 @@
+"""The whole training at toy size: 16x16 pixels, 5 frames, tiny widths, on drawn shapes."""
+
+import json
+import random
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from smartdiff_jax.engine.pipeline import Pipeline
+from smartdiff_jax.errors import CheckpointError, InvalidConfig, SmartdiffError
+from smartdiff_jax.models.families import WAN
+from smartdiff_jax.models.text.umt5 import UMT5Config, relative_position_buckets
+from smartdiff_jax.models.wan import WanConfig
+from smartdiff_jax.training import flow_matching, loop, recipe, settings
+from smartdiff_jax.training.checkpoints import Checkpoints
+from smartdiff_jax.training.data.captions import Captioner
+from smartdiff_jax.training.export import checkpoint_tensors, restore
+from smartdiff_jax.training.pool import with_strange_words
+from smartdiff_jax.training.recipe import Run
+from smartdiff_jax.training.state import Budget, Component, Optimizer, learning_rate
+from smartdiff_jax.training.tokenizer import build_tokenizer, encode
+
+TOY = """
+name: toy
+family: wan
+seed: 1
+video: {height: 16, width: 16, num_frames: 5, fps: 8}
+text: {vocab_size: 300, max_length: 24, captions: 500}
+vae: {base_dim: 8, decoder_base_dim: 8, z_dim: 4, dim_mult: [1, 2], num_res_blocks: 1, temperal_downsample: [true]}
+transformer:
+  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, ffn_dim: 64, text_dim: 16, freq_dim: 32, in_channels: 4,
+   out_channels: 4}
+text_encoder: {d_model: 16, d_kv: 8, d_ff: 32, num_layers: 1, num_heads: 2}
+autoencoder: {batch_size: 4, steps_per_call: 4, minutes: 1, steps: 20, learning_rate: 5.0e-3}
+denoiser:
+  {batch_size: 16, steps_per_call: 4, minutes: 1, steps: 32, learning_rate: 5.0e-3, pool_size: 32, part_calls: 4,
+   attention: xla}
+scoring: {prompts: 4, num_inference_steps: 3, guidance_scale: 2.0}
+"""
+
+TINY_TEXT = UMT5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+
+
+@pytest.fixture(scope="module")
+def toy_recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    file.write_text(TOY)
+    return file
+
+
+@pytest.fixture(scope="module")
+def captioner(drawn_atlas):
+    return Captioner(drawn_atlas, held_out={})
+
+
+def make_run(file, captioner, folder, overrides=(), **arguments):
+    training = Run(settings.load_recipe(file, overrides), folder / "no-atlas.npz", folder, **arguments)
+    training.captioner = captioner
+    return training
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Several runs compile the same code; those after the first read it from disk."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(toy_recipe, captioner, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    training = make_run(toy_recipe, captioner, folder)
+    assert training.autoencoder()
+    assert training.denoiser()
+    training.export()
+    training.evaluate()
+    return training
+
+
+def losses(folder, stage):
+    """First and last loss that the log tells."""
+    text = (folder / "log.txt").read_text()
+    return [float(number) for number in re.findall(rf"{stage}: (?:first call|done|stopped).*?loss ([\d.]+)", text)]
+
+
+def test_all_stages_leave_their_results(finished):
+    folder = finished.folder
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["trained"]["prompts"] == scores["held_out"]["prompts"] == 4
+    assert 0 <= scores["trained"]["subject_top1"] <= scores["trained"]["subject_top5"] <= 1
+    sheets = {file.name for file in (folder / "sheets").iterdir()}
+    assert {"autoencoder-000020.png", "denoiser-000032.png", "final-trained.png", "final-held_out.png"} <= sheets
+    assert "| 4, held out |" in (folder / "bundle" / "README.md").read_text()
+    assert "denoiser: step 32, {'prompts': 4" in (folder / "log.txt").read_text()
+    assert finished.autoencoder() and finished.denoiser()  # done already: both return at once
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_the_loss_falls(finished, stage):
+    first, last = losses(finished.folder, stage)
+    assert last < 0.95 * first
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(finished, toy_recipe, captioner, tmp_path, monkeypatch):
+    class Short(Budget):
+        calls = 0
+
+        def stop(self):
+            self.calls += 1
+            return self.calls > 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "Budget", Short)
+        assert not make_run(toy_recipe, captioner, tmp_path).autoencoder()
+    assert not (tmp_path / "latents.json").exists()
+    with pytest.raises(InvalidConfig, match="finish `--stage autoencoder` first"):
+        make_run(toy_recipe, captioner, tmp_path).denoiser()
+    assert make_run(toy_recipe, captioner, tmp_path).autoencoder()
+    assert "going on from step 12" in (tmp_path / "log.txt").read_text()
+    for stage_folder in (tmp_path, finished.folder):
+        assert json.loads((stage_folder / "latents.json").read_text())
+    ours, theirs = (Checkpoints(folder / "autoencoder").average() for folder in (tmp_path, finished.folder))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_snapshot_starts_another_run(finished, toy_recipe, captioner, tmp_path):
+    overrides = ["denoiser.steps=4", "denoiser.learning_rate=1.0e-9", "denoiser.recompute=true"]
+    snapshot = finished.folder / "snapshot"
+    training = make_run(toy_recipe, captioner, tmp_path, overrides, init_from=snapshot)
+    assert training.autoencoder() and training.denoiser()
+    trained = Checkpoints(finished.folder / "denoiser").average()
+    started = Checkpoints(tmp_path / "denoiser").average()
+    for name, value in trained.items():
+        assert np.max(np.abs(started[name] - value)) <= 2**-8 * np.max(np.abs(value)) + 1e-6, name
+    assert losses(tmp_path, "denoiser")[0] < losses(finished.folder, "denoiser")[0]
+
+    narrow = make_run(toy_recipe, captioner, tmp_path / "narrow", ["transformer.ffn_dim=32"], init_from=snapshot)
+    with pytest.raises(InvalidConfig, match="init_from"):
+        narrow._first_weights()
+
+
+def test_the_bundle_holds_the_averages_to_8_bits(finished):
+    averages = {"vae": Checkpoints(finished.folder / "autoencoder").average()}
+    both = Checkpoints(finished.folder / "denoiser").average()
+    for name in ("transformer", "text_encoder"):
+        averages[name] = flow_matching.part_of(both, f"{name}.")
+    for name, average in averages.items():
+        config, loaded = restore(finished.folder / "bundle", name, WAN.architectures[name])
+        assert loaded.keys() == average.keys()
+        for path, value in average.items():
+            assert np.max(np.abs(loaded[path] - value)) <= np.max(np.abs(value)) / 254 + 1e-6, path
+    vae_config, _ = restore(finished.folder / "bundle", "vae", WAN.architectures["vae"])
+    statistics = json.loads((finished.folder / "latents.json").read_text())
+    assert list(vae_config.latents_std) == statistics["std"] and vae_config.clip_output
+
+
+def test_the_pipeline_runs_the_bundle(finished):
+    pipe = Pipeline.from_pretrained(finished.folder / "bundle", dtype="float32")
+    out = pipe("a boot moving left", size="16x16", num_frames=5, num_inference_steps=2, seed=3)
+    assert out.frames.shape == (1, 5, 16, 16, 3)
+    assert pipe.spec.sampling.shift == finished.recipe.denoiser.shift
+
+
+def test_the_text_encoder_starts_by_looking_at_its_neighbours():
+    """The word before and the word behind weigh more than all others: "red heart" is not "heart, red somewhere"."""
+    text = Component.create(WAN.architectures["text_encoder"], TINY_TEXT.model_copy(update={"num_heads": 2}), jnp.float32)
+    wan = WanConfig(num_attention_heads=1, attention_head_dim=8, text_dim=8, ffn_dim=8, num_layers=1)
+    params = flow_matching.init(Component.create(WAN.architectures["transformer"], wan, jnp.float32), text, 0)
+    bias = params[flow_matching.POSITIONS]
+    by_offset = bias[0][relative_position_buckets(6, 32, 128)]  # offsets -5 to 5
+    assert np.argmax(by_offset[:, 0]) == 4 and np.argmax(by_offset[:, 1]) == 6
+    assert np.min(np.max(by_offset, axis=0)) > 3
+
+
+def test_unknown_layouts_are_refused():
+    component = Component.create(WAN.architectures["text_encoder"], TINY_TEXT, jnp.float32)
+    with pytest.raises(CheckpointError, match="no key rule"):
+        checkpoint_tensors("text_encoder", component, {"blocks.surprise": jnp.ones((1, 2))})
+
+
+def test_tokenizer_knows_words_and_spells_the_rest():
+    captions = ["a dog moving left, red background", "a dog's x-ray", "a Café"]
+    tokenizer = build_tokenizer(captions, 300, 12)
+    assert tokenizer.encode("A dog's CAFE, x-ray").tokens[:6] == ["a", "dog's", "cafe", ",", "x-ray", "</s>"]
+    assert tokenizer.encode("doggy").tokens[:4] == ["dog", "##g", "##y", "</s>"]
+    assert tokenizer.encode("\u72d7").tokens[:2] == ["<unk>", "</s>"]
+    ids = encode(tokenizer, ["", "a " * 40])
+    assert ids.shape == (2, 12) and ids[0].tolist() == [1] + [0] * 11 and ids[1, -1] == 1
+    assert build_tokenizer(reversed(captions), 300, 12).get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(InvalidConfig, match="vocab_size"):
+        build_tokenizer(captions, 20, 12)
+
+
+def test_strange_words_keep_the_caption():
+    captions = ["a red dog on a blue background", ""] * 200
+    strange = with_strange_words(captions, random.Random(0))
+    changed = [new for old, new in zip(captions, strange, strict=True) if new != old]
+    assert 3 <= len(changed) <= 30 and all(len(new.split()) == 8 for new in changed)
+
+
+def test_noise_levels_cover_their_distribution():
+    sigmas = np.sort(flow_matching.draw_sigmas(jax.random.key(0), 1000, 0.0, 1.0, 3.0))
+    assert 0 < sigmas[0] and sigmas[-1] < 1
+    np.testing.assert_allclose(sigmas[500], 0.75, atol=0.01)  # shift 3 takes 1/2 to 3/4
+    np.testing.assert_allclose(sigmas[159], 0.527, atol=0.01)  # one deviation below
+
+
+def test_budget_follows_time_or_steps_and_ends_with_the_call():
+    now = [100.0]
+    budget = Budget(minutes=2.0, steps=None, spent=30.0, deadline=150.0, clock=lambda: now[0])
+    now[0] = 120.0
+    assert budget.spent == 30.0  # compiling does not count
+    budget.start()
+    now[0] = 149.0
+    assert budget.spent == 59.0 and budget.fraction(10) == pytest.approx(59 / 120) and not budget.stop()
+    now[0] = 150.0
+    assert budget.stop()
+    hurried = Budget(minutes=2.0, steps=None, spent=30.0, deadline=170.0, finish=True, clock=lambda: now[0])
+    hurried.start()
+    now[0] = 169.0
+    assert hurried.fraction(0) == pytest.approx(49 / 50)
+    assert Budget(minutes=2.0, steps=8, spent=0.0, deadline=999.0).fraction(4) == 0.5
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [learning_rate(fraction, 1.0, 0.1) for fraction in np.linspace(0, 1, 101)]
+    assert rates[0] == pytest.approx(0.02) and rates[10] == pytest.approx(1) and rates[-1] == pytest.approx(0)
+    assert rates[55] == pytest.approx(0.5)
+
+
+def test_the_average_follows_a_fixed_share_of_the_run():
+    optimizer = Optimizer(weight_decay=0.0, gamma=9.0)
+    state = optimizer.init({"x.kernel": jnp.zeros((2, 2))})
+    apply = jax.jit(optimizer.apply)
+    for _ in range(100):
+        state, norm = apply(state, {"x.kernel": jnp.full((2, 2), -1.0)}, jnp.float32(1.0))
+    # x rises by one a step, so the average lags by a tenth of the run, and a bit
+    lag = float(jnp.mean(state.params["x.kernel"] - state.average["x.kernel"]))
+    assert 7 < lag / float(jnp.mean(state.params["x.kernel"])) * 100 < 12 and float(norm) == 2.0
+
+
+def test_a_checkpoint_of_other_numbers_is_refused(tmp_path):
+    optimizer = Optimizer()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            checkpoints.average()
+        checkpoints.save(optimizer.init({"x.kernel": jnp.ones((2, 3))}), {"spent": 1.5})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.meta() == {"spent": 1.5} and checkpoints.latest == 0
+        with pytest.raises(CheckpointError, match="does not fit this recipe"):
+            checkpoints.restore(optimizer.init({"x.kernel": jnp.ones((2, 4))}))
+
+
+def test_a_diverging_run_ends_with_one_error(tmp_path):
+    optimizer = Optimizer()
+    state = optimizer.init({"x.kernel": jnp.ones((1, 1))})
+    stage = loop.StageSettings(batch_size=1, steps_per_call=1, minutes=1, steps=3, learning_rate=1.0)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(SmartdiffError, match="loss=nan at step"):
+        loop.run(
+            "toy",
+            lambda state, rate: (state, jnp.float32(np.nan)),
+            state,
+            stage,
+            Budget(1.0, 3, 0.0, float("inf")),
+            checkpoints,
+            loop.Log(tmp_path / "log.txt"),
+            lambda state: None,
+        )
+
+
+def test_prefetch_hands_over_errors_and_stops():
+    def make(index):
+        if index == 3:
+            raise InvalidConfig("index", index, "too far")
+        return index
+
+    with loop.Prefetch(make, start=1) as made:
+        assert [made.take(), made.take()] == [1, 2]
+        with pytest.raises(InvalidConfig, match="too far"):
+            made.take()
+    with loop.Prefetch(lambda index: index) as endless:
+        assert endless.take() == 0
+    assert not endless._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["denoiser.batch=3"], "batch"),
+        (["denoiser.minutes"], "section.field=value"),
+        (["nothing.minutes=3"], "section.field=value"),
+        (["transformer.text_dim=24"], "text_dim"),
+        (["denoiser.pool_size=33"], "pool_size"),
+        (["text_encoder.vocab_size=33"], "vocab_size"),
+    ],
+)
+def test_wrong_recipes_are_one_error(toy_recipe, overrides, message):
+    with pytest.raises(InvalidConfig, match=message):
+        settings.load_recipe(toy_recipe, overrides)
+
+
+def test_the_bundled_recipe_is_sound_and_small():
+    pocket = settings.load_recipe("pocket-video", ["denoiser.minutes=3"])
+    assert pocket.denoiser.minutes == 3 and pocket.video.height >= 96 and pocket.video.num_frames >= 17
+    with pytest.raises(InvalidConfig, match="recipe"):
+        settings.load_recipe("pocket-vidio")
+    with pytest.raises(InvalidConfig, match="goes with call_minutes"):
+        recipe.main_train(finish=True)
+    with pytest.raises(InvalidConfig, match="stage"):
+        recipe.main_train(stage="denoise")
