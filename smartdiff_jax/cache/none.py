@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoCache:
     """Computes always and remembers nothing."""

@@ -34,7 +34,11 @@ class Schedule:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """An ODE solver. `schedule` runs on the host (NumPy), `init` and `step` inside the compiled loop, in float32."""
+    """An ODE solver. `schedule` runs on the host (NumPy), `init` and `step` inside the compiled loop, in float32.
+
+    Registered by `jax.tree_util.register_static`: registered dataclasses without fields are equal to one another in JAX,
+    whatever their class, and jit could take the executable of another sampler.
+    """
 
     def schedule(self, num_steps: int, shift: float) -> Schedule:
         """The padded tables of a request: 1 <= num_steps <= MAX_STEPS, shift > 0."""

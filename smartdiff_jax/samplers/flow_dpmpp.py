@@ -16,7 +16,7 @@ from smartdiff_jax.samplers.multistep import data_prediction, predict
 from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_sigmas
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class FlowDPMpp:
     """Second order with one velocity a step. History: the data prediction of the step before."""

@@ -15,7 +15,7 @@ from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS, Schedule
 from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_sigmas
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class FlowEuler:
     """First order, no history. The timesteps are sigma * 1000, not rounded."""

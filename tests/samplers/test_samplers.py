@@ -1,5 +1,6 @@
 """Every sampler of the registry: diffusers' trajectories, analytic oracles, one executable for all requests."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -214,3 +215,8 @@ def test_a_wrong_shift_is_one_clear_error(name, shift):
 def test_wrong_sigmas_are_one_clear_error(sigmas):
     with pytest.raises(InvalidRequest, match="sigmas="):
         from_sigmas(sigmas)
+
+
+@pytest.mark.parametrize("one, other", itertools.combinations(SAMPLERS, 2))
+def test_jit_tells_samplers_apart(one, other):
+    assert jax.tree.structure(SAMPLERS[one]) != jax.tree.structure(SAMPLERS[other])
