@@ -217,6 +217,6 @@ def test_wrong_sigmas_are_one_clear_error(sigmas):
         from_sigmas(sigmas)
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(SAMPLERS, 2))
+@pytest.mark.parametrize("one, other", list(itertools.combinations(SAMPLERS, 2)))
 def test_jit_tells_samplers_apart(one, other):
     assert jax.tree.structure(SAMPLERS[one]) != jax.tree.structure(SAMPLERS[other])
