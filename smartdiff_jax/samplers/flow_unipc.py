@@ -22,7 +22,7 @@ from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_si
 FIRST_STEP_BACK = 1e-6  # diffusers starts this far below sigma = 1, for lambda to be finite
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UniPCState:
     """History before step `index`. latents: corrected, at index - 1; data, older_data: at index - 1 and index - 2."""
