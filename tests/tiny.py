@@ -50,10 +50,21 @@ def tensor(component: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
     rng = np.random.RandomState(zlib.crc32(f"{component}/{key}".encode()))
     noise = rng.standard_normal(shape).astype(np.float32)
     is_norm = "norm" in key and key.endswith("weight") or key.endswith(("gamma", "layer_norm.weight"))
-    if is_norm:
+    if is_norm and len(shape) == 1:
         return 1.0 + 0.1 * noise
     fan_in = int(np.prod(shape[1:])) if len(shape) > 1 and "scale_shift" not in key else 25
     return noise / np.sqrt(fan_in).astype(np.float32)
+
+
+def fill(module, name: str) -> dict[str, list[int]]:
+    """Give a torch module's floating-point parameters and buffers the numbers of `tensor`; returns {checkpoint key: shape}."""
+    shapes = {}
+    for key, value in module.state_dict().items():
+        if value.is_floating_point():
+            numbers = tensor(name, key, tuple(value.shape))
+            value.copy_(value.new_tensor(np.abs(numbers) if key.endswith("running_var") else numbers))
+            shapes[key] = list(value.shape)
+    return shapes
 
 
 def write_folder(path: Path, *, two_experts: bool = False, flow_shift: float = 3.0, keys: dict | None = None) -> Path:

@@ -1,6 +1,6 @@
 """The one contract of every attention kernel."""
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -27,16 +27,43 @@ class AttentionFn(Protocol):
     ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]: ...
 
 
+class QKV(NamedTuple):
+    """Queries, keys and values of one stream of tokens, each [b, s, h, d]."""
+
+    q: Float[Array, "b s h d"]
+    k: Float[Array, "b s h d"]
+    v: Float[Array, "b s h d"]
+
+
 @runtime_checkable
 class Attend(Protocol):
-    """What a model's block calls: a kernel, already wrapped for the mesh it runs on. Returns out [b, s, h, d]."""
+    """What a model's block calls: a kernel, already wrapped for the mesh it runs on (sharding/context_parallel.py).
 
-    def __call__(
+    The four ways differ in which streams a mesh may have split: the tokens of the picture are, the text need not be.
+    All scale by 1/sqrt(d) and return out [b, s, h, d] in q's dtype.
+    """
+
+    def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:
+        """The picture's tokens among themselves."""
+        ...
+
+    def cross_attention(
         self,
         q: Float[Array, "b s h d"],
-        k: Float[Array, "b t h d"],
-        v: Float[Array, "b t h d"],
+        k: Float[Array, "b l h d"],
+        v: Float[Array, "b l h d"],
         *,
-        kv_length: Int[Array, " b"] | None = None,
-        scale: float | None = None,
-    ) -> Float[Array, "b s h d"]: ...
+        text_length: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b s h d"]:
+        """From the picture's tokens to the text; text at and behind `text_length` is ignored (None: all l count)."""
+        ...
+
+    def text_attention(self, text: QKV, *, text_length: Int[Array, " b"] | None = None) -> Float[Array, "b l h d"]:
+        """The text among itself."""
+        ...
+
+    def joint_attention(
+        self, tokens: QKV, text: QKV, *, text_length: Int[Array, " b"] | None = None
+    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b l h d"]]:
+        """Both streams as one sequence (MM-DiT, arXiv 2403.03206); returns the picture's part and the text's."""
+        ...

@@ -19,6 +19,7 @@ from smartdiff_jax.kernels.base import Attend
 
 Hidden = Any
 Context = Any
+Rope = tuple[Float[Array, "*branches c n r"], Float[Array, "*branches c n r"]]
 
 
 @jax.tree_util.register_dataclass
@@ -26,20 +27,32 @@ Context = Any
 class Conditioning:
     """Everything a denoiser is told besides the noisy tokens and the timestep.
 
-    text: states of the text encoder [b, l, d]; the loop is handed both branches of guidance at once, [2, b, l, d].
-    rope_cos, rope_sin: rotary table of the tokens, float32 [s, head_dim / 2].
+    A model sees one branch of guidance; the loop is handed all branches at once, every leaf with a leading axis of branches
+    (positive first). The batch axis of a leaf is the tokens' or 1.
+
+    text: states of the text encoder [b, l, d], padded to l.
+    rope: cosines and sines of the tokens' positions, float32 [b, s, head_dim / 2] each.
+    text_rope: the same of the text's positions [b, l, head_dim / 2], for models whose text has positions.
     text_length: int32 [b], how many text states count (None: all l, as Wan has it, whose padding is attended to).
+    pooled: one vector for the whole prompt [b, e], for models with a pooled encoder.
+    guidance: guidance scale [b], for models that were distilled to be told it.
     """
 
     text: Float[Array, "*branches b l d"]
-    rope_cos: Float[Array, "s r"]
-    rope_sin: Float[Array, "s r"]
-    text_length: Int[Array, " b"] | None = None
+    rope: Rope
+    text_rope: tuple[Float[Array, "*branches e l r"], Float[Array, "*branches e l r"]] | None = None
+    text_length: Int[Array, "*branches b"] | None = None
+    pooled: Float[Array, "*branches b e"] | None = None
+    guidance: Float[Array, "*branches b"] | None = None
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A diffusion transformer as the loop and the caches see it (an nnx.Module with stacked blocks)."""
+    """A diffusion transformer as the loop and the caches see it (an nnx.Module with stacked blocks).
+
+    hidden is the residual stream: an array [b, s, d], or for models that carry text along, a pair (tokens, text).
+    num_blocks counts all blocks that `run_blocks` may split, whatever their kinds, in the order they run.
+    """
 
     num_blocks: int
 

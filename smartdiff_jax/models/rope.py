@@ -29,10 +29,11 @@ def axial_rope_table(
     return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
 
 
-def apply_rope(x: Float[Array, "b s h d"], cos: Float[Array, "s r"], sin: Float[Array, "s r"]) -> Float[Array, "b s h d"]:
-    """Turn the pairs of each head, in float32, back in x's dtype."""
+def apply_rope(
+    x: Float[Array, "b s h d"], rope: tuple[Float[Array, "c s r"], Float[Array, "c s r"]]
+) -> Float[Array, "b s h d"]:
+    """Turn the pairs of each head, in float32, back in x's dtype. The table's batch is b or 1."""
+    cos, sin = (table[:, :, None, :, None] for table in rope)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos = cos[:, None, :, None]
-    signed_sin = sin[:, None, :, None] * jnp.array([-1.0, 1.0])
     # A reversed pair instead of two strided halves: XLA fuses this with the norm before it.
-    return (pairs * cos + pairs[..., ::-1] * signed_sin).reshape(x.shape).astype(x.dtype)
+    return (pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))).reshape(x.shape).astype(x.dtype)

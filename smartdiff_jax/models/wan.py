@@ -3,7 +3,7 @@
 A block: self-attention with 3-D rotary positions, cross-attention to the text, feed-forward; the timestep modulates
 the first and the last. Follows diffusers' `transformer_wan.py`. Unusual: queries and keys are normed over all heads at
 once, cross-attention is neither modulated nor gated, one time projection serves all blocks (each adds its own table),
-and the zero padding of the text is attended to. Packed features are ordered (pt, ph, pw, c), as diffusers' `proj_out`.
+and the zero padding of the text is attended to.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import Attend
-from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, linear
+from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
     MLP,
     LayerNorm,
@@ -88,23 +88,6 @@ class WanConfig(BaseModel):
         return value
 
 
-def pack(latents: Float[Array, "b c f h w"], patch_size: tuple[int, int, int]) -> Float[Array, "b s p"]:
-    """Latents to tokens, frame by frame and row by row; the patch size must divide (f, h, w)."""
-    b, c, f, h, w = latents.shape
-    pt, ph, pw = patch_size
-    patches = latents.reshape(b, c, f // pt, pt, h // ph, ph, w // pw, pw)
-    return patches.transpose(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, -1, pt * ph * pw * c)
-
-
-def unpack(
-    tokens: Float[Array, "b s p"], grid: tuple[int, int, int], patch_size: tuple[int, int, int]
-) -> Float[Array, "b c f h w"]:
-    """The inverse of `pack`, for a grid of (f / pt, h / ph, w / pw) tokens."""
-    (f, h, w), (pt, ph, pw) = grid, patch_size
-    patches = tokens.reshape(tokens.shape[0], f, h, w, pt, ph, pw, -1)
-    return patches.transpose(0, 7, 1, 4, 2, 5, 3, 6).reshape(tokens.shape[0], -1, f * pt, h * ph, w * pw)
-
-
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]:
     """Rotary table of a grid of (frames, rows, columns) tokens: float32 [s, head_dim / 2]; frames get the remainder."""
     spatial = 2 * (head_dim // 6)
@@ -123,8 +106,7 @@ class WanContext:
     modulation: Float[Array, "b 6 d"]
     text: Float[Array, "b l d"]
     text_length: Int[Array, " b"] | None
-    rope_cos: Float[Array, "s r"]
-    rope_sin: Float[Array, "s r"]
+    rope: Rope
 
 
 class WanAttention(nnx.Module):
@@ -140,23 +122,24 @@ class WanAttention(nnx.Module):
         self.q_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
         self.k_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
 
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        source: Float[Array, "b t d"],
-        attend: Attend,
-        *,
-        rope: tuple[Array, Array] | None = None,
-        kv_length: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b s d"]:
-        v = self._heads(self.v(source))
-        q = self._heads(self.q_norm(self.q(x)))
-        k = self._heads(self.k_norm(self.k(source)))
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    def self_attention(self, x: Float[Array, "b s d"], attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
+        q, k, v = self._qkv(x, x)
         with jax.named_scope("attention"):
-            out = attend(q.astype(v.dtype), k.astype(v.dtype), v, kv_length=kv_length)
+            tokens = QKV(apply_rope(q, rope).astype(v.dtype), apply_rope(k, rope).astype(v.dtype), v)
+            out = attend.self_attention(tokens)
         return self.out(out.reshape(x.shape))
+
+    def cross_attention(
+        self, x: Float[Array, "b s d"], text: Float[Array, "b l d"], attend: Attend, text_length: Int[Array, " b"] | None
+    ) -> Float[Array, "b s d"]:
+        q, k, v = self._qkv(x, text)
+        with jax.named_scope("attention"):
+            out = attend.cross_attention(q.astype(v.dtype), k.astype(v.dtype), v, text_length=text_length)
+        return self.out(out.reshape(x.shape))
+
+    def _qkv(self, x: Array, source: Array) -> tuple[Array, Array, Array]:
+        v = self._heads(self.v(source))
+        return self._heads(self.q_norm(self.q(x))), self._heads(self.k_norm(self.k(source))), v
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -178,12 +161,12 @@ class WanBlock(nnx.Module):
 
         with jax.named_scope("self_attention"):
             x = modulated_norm(hidden, attention.shift, attention.scale, self.eps)
-            x = self.self_attention(x, x, attend, rope=(context.rope_cos, context.rope_sin))
+            x = self.self_attention.self_attention(x, attend, context.rope)
             hidden = gated_add(hidden, x, attention.gate)
 
         with jax.named_scope("cross_attention"):
             x = hidden if self.cross_attention_norm is None else self.cross_attention_norm(hidden)
-            x = self.cross_attention(x, context.text, attend, kv_length=context.text_length)
+            x = self.cross_attention.cross_attention(x, context.text, attend, context.text_length)
             hidden = hidden + x
 
         with jax.named_scope("feed_forward"):
@@ -226,8 +209,7 @@ class WanTransformer(nnx.Module):
             modulation=modulation,
             text=self.text_embedder(conditioning.text),
             text_length=conditioning.text_length,
-            rope_cos=conditioning.rope_cos,
-            rope_sin=conditioning.rope_sin,
+            rope=conditioning.rope,
         )
         return self.patch_embedding(tokens), context
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import tiny
 from flax import nnx
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -26,12 +27,23 @@ def match_keys(architecture, keys) -> dict:
     return found
 
 
+def golden_tensor(name, key, shape) -> np.ndarray:
+    """The number that tiny.fill gave the reference's parameter."""
+    numbers = tiny.tensor(name, key, tuple(shape))
+    return np.abs(numbers) if key.endswith("running_var") else numbers
+
+
 def load_golden(name, architecture):
     """The golden's arrays, its config, and the module holding its weights in float32."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = dict(file)
     config = architecture.config.model_validate(json.loads(str(arrays["config"])))
-    weights = {key.removeprefix("weight/"): value for key, value in arrays.items() if key.startswith("weight/")}
+    if "keys" in arrays:
+        shapes = json.loads(str(arrays["keys"]))
+        weights = {key: golden_tensor(name, key, shape) for key, shape in shapes.items()}
+        weights = {key: value for key, value in weights.items() if not re.fullmatch(architecture.ignored_keys, key)}
+    else:
+        weights = {key.removeprefix("weight/"): value for key, value in arrays.items() if key.startswith("weight/")}
     slices = {}
     for key, [(rule, layer)] in match_keys(architecture, weights).items():
         slices.setdefault(rule.path, {})[int(layer or 0)] = (rule.transform(weights[key].astype(np.float32)), layer)

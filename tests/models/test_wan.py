@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models.family import Conditioning
-from smartdiff_jax.models.wan import ARCHITECTURE, KEY_RULES, WanConfig, WanTransformer, pack, rope_table, unpack
+from smartdiff_jax.models.patches import Patches
+from smartdiff_jax.models.wan import ARCHITECTURE, KEY_RULES, WanConfig, WanTransformer, rope_table
+from smartdiff_jax.sharding.context_parallel import LocalAttend
 
 GOLDENS = ("wan_norm", "wan_no_norm")
 CASES = [("wan_norm", "video"), ("wan_norm", "image"), ("wan_no_norm", "video")]
@@ -24,17 +26,20 @@ TINY = WanConfig(
 )  # fmt: skip
 
 
-def attend(q, k, v, **kwargs):
-    return xla_attention(q, k, v, **kwargs)[0]
+attend = LocalAttend(xla_attention)
+
+
+def rope_of(grid, config):
+    return tuple(jnp.asarray(table)[None] for table in rope_table(grid, config.attention_head_dim))
 
 
 def inputs(arrays, case, config):
     """Tokens, timestep, conditioning and grid of a golden case."""
     latents = jnp.asarray(arrays[f"{case}/latents"])
-    grid = tuple(n // p for n, p in zip(latents.shape[2:], config.patch_size, strict=True))
-    cos, sin = rope_table(grid, config.attention_head_dim)
-    conditioning = Conditioning(jnp.asarray(arrays[f"{case}/text"]), jnp.asarray(cos), jnp.asarray(sin))
-    return pack(latents, config.patch_size), jnp.asarray(arrays[f"{case}/timestep"]), conditioning, grid
+    patches = Patches(config.patch_size)
+    grid = patches.grid(latents.shape)
+    conditioning = Conditioning(jnp.asarray(arrays[f"{case}/text"]), rope_of(grid, config))
+    return patches.pack(latents), jnp.asarray(arrays[f"{case}/timestep"]), conditioning, grid
 
 
 embed = jax.jit(lambda model, *args: model.embed(*args))
@@ -53,9 +58,8 @@ def velocity(model, tokens, timestep, conditioning):
 
 def random_inputs(config, batch=2, tokens=6, text_length=None):
     keys = jax.random.split(jax.random.key(7), 2)
-    cos, sin = rope_table((1, 2, tokens // 2), config.attention_head_dim)
     text = jax.random.normal(keys[0], (batch, 5, config.text_dim))
-    conditioning = Conditioning(text, jnp.asarray(cos), jnp.asarray(sin), text_length)
+    conditioning = Conditioning(text, rope_of((1, 2, tokens // 2), config), text_length=text_length)
     return jax.random.normal(keys[1], (batch, tokens, 4 * config.in_channels)), jnp.float32(600.0), conditioning
 
 
@@ -71,7 +75,7 @@ def model():
 def test_velocity_equals_diffusers(name, case):
     arrays, config, model = load_golden(name, ARCHITECTURE)
     tokens, timestep, conditioning, grid = inputs(arrays, case, config)
-    out = unpack(velocity(model, tokens, timestep, conditioning), grid, config.patch_size)
+    out = Patches(config.patch_size).unpack(velocity(model, tokens, timestep, conditioning), grid)
     assert relative_error(out, arrays[f"{case}/velocity"]) <= 1e-5
 
 
@@ -114,10 +118,10 @@ def test_blocks_are_traced_once(model):
 
     def counting(q, k, v, **kwargs):
         calls.append(k.shape[1])
-        return attend(q, k, v, **kwargs)
+        return xla_attention(q, k, v, **kwargs)
 
     hidden, context = embed(model, *random_inputs(TINY))
-    jax.make_jaxpr(lambda hidden: model.run_blocks(hidden, context, counting, 0, 3))(hidden)
+    jax.make_jaxpr(lambda hidden: model.run_blocks(hidden, context, LocalAttend(counting), 0, 3))(hidden)
     assert calls == [6, 5]  # self-attention, cross-attention
 
 
@@ -153,9 +157,9 @@ def test_probe_is_the_input_of_the_first_self_attention(model):
 
         def keep_v(q, k, v, **kwargs):
             seen.append(v)
-            return q
+            return q, None
 
-        block(hidden, context, keep_v)
+        block(hidden, context, LocalAttend(keep_v))
         return seen[0], block.self_attention.v(model.probe(hidden, context))
 
     values, from_probe = jax.jit(first_values)(model, *random_inputs(TINY))
@@ -197,15 +201,6 @@ def test_time_modulation_and_norms_are_float32_in_a_bfloat16_run(model):
     linears = [eqn for eqn in blocks if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.ndim == 2]
     assert len(linears) == 10
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in linears for var in eqn.invars)
-
-
-@pytest.mark.parametrize("shape, patch", [((2, 3, 3, 4, 6), (1, 2, 2)), ((1, 2, 4, 5, 9), (2, 1, 3))])
-def test_unpack_is_the_inverse_of_pack(shape, patch):
-    latents = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
-    tokens = pack(latents, patch)
-    grid = tuple(n // p for n, p in zip(shape[2:], patch, strict=True))
-    assert tokens.shape == (shape[0], np.prod(grid), np.prod(patch) * shape[1])
-    np.testing.assert_array_equal(unpack(tokens, grid, patch), latents)
 
 
 def test_rope_table_of_the_real_head_splits_44_42_42():
