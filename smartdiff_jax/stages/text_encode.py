@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-from pathlib import Path
 from typing import Any
 
 import ftfy
@@ -11,8 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
-from smartdiff_jax.errors import CheckpointError, InvalidRequest
+from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.stages.base import jit_in
+from smartdiff_jax.stages.tokenize import load_tokenizer as load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +56,6 @@ def clean_prompt(prompt: str) -> str:
     """Mend broken unicode, undo HTML escapes, and make every run of white space one space (as upstream's pipeline does)."""
     text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
     return " ".join(text.split())
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own fast tokenizer, without its padding and truncation settings."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; the folder must hold the tokenizer in its fast form (tokenizer.json)")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for anything it cannot parse
-        raise CheckpointError(f"{file} is not a tokenizer: {error}; download it again") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def check_embeds(name: str, embeds: object, text_dim: int, max_length: int) -> np.ndarray:
