@@ -1,16 +1,15 @@
 """Prompts to text states."""
 
 import dataclasses
-import html
 from typing import Any
 
-import ftfy
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
 from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.models.text.prompts import wan as clean_prompt
 from smartdiff_jax.stages.base import jit_in
 from smartdiff_jax.stages.tokenize import load_tokenizer as load_tokenizer
 
@@ -50,12 +49,6 @@ class TextEncode:
         mask = np.zeros((1, self.max_length), np.int32)
         mask[0, : len(encoding.ids)] = 1
         return EncodedText(self._encode(self._weights, ids, mask), num_tokens, num_tokens > self.max_length)
-
-
-def clean_prompt(prompt: str) -> str:
-    """Mend broken unicode, undo HTML escapes, and make every run of white space one space (as upstream's pipeline does)."""
-    text = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
-    return " ".join(text.split())
 
 
 def check_embeds(name: str, embeds: object, text_dim: int, max_length: int) -> np.ndarray:
