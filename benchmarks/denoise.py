@@ -36,7 +36,7 @@ from smartdiff_jax.samplers.base import MAX_STEPS  # noqa: E402
 from smartdiff_jax.sharding.context_parallel import wrap  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh, replicated  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
-from smartdiff_jax.stages.guidance import GUIDANCE  # noqa: E402
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
 
 TEXT_LENGTH = 512
@@ -69,35 +69,36 @@ class Bench:
         self.attend = wrap(ATTENTION[attention], mesh)
         tokens = int(np.prod(grid))
         width = int(np.prod(self.config.patch_size)) * self.config.in_channels
-        cos, sin = jax.device_put(wan.rope_table(grid, self.config.attention_head_dim), replicated(mesh))
+        rope = [np.broadcast_to(table, (2, 1, *table.shape)) for table in wan.rope(self.config, grid)[0]]
         text = jax.random.normal(jax.random.key(1), (2, 1, TEXT_LENGTH, self.config.text_dim)).astype(dtype)
-        self.conditioning = Conditioning(text=text, rope_cos=cos, rope_sin=sin)
+        self.branches = jax.device_put(Conditioning(text=text, rope=tuple(rope)), replicated(mesh))
         self.tokens = jax.random.normal(jax.random.key(2), (1, tokens, width), jnp.float32)
 
     def forward(self, attend):
         """One evaluation of the model, compiled: (weights, tokens, conditioning of one branch) to velocity."""
 
-        def run(weights, tokens, text, cos, sin):
+        def run(weights, tokens, conditioning):
             model = nnx.merge(self.graphdef, weights)
-            hidden, context = model.embed(tokens, jnp.float32(500), Conditioning(text, cos, sin))
+            hidden, context = model.embed(tokens, jnp.float32(500), conditioning)
             return model.head(model.run_blocks(hidden, context, attend, 0, model.num_blocks), context)
 
-        arguments = (
-            self.weights, self.tokens, self.conditioning.text[0], self.conditioning.rope_cos, self.conditioning.rope_sin
-        )  # fmt: skip
-        return jax.jit(run), arguments
+        return jax.jit(run), (self.weights, self.tokens, jax.tree.map(lambda leaf: leaf[0], self.branches))
 
     def first_steps(self, count: int = 1) -> dict[str, float]:
         """Seconds to compile the loop and run its first chunk, and to run `count` steps afterwards."""
-        loop = DenoiseLoop(self.graphdef, self.attend, GUIDANCE["sequential"], self.weights_dtype, self.placement)
+        guide = GUIDANCE["sequential"]
+        loop = DenoiseLoop(self.graphdef, self.attend, guide, combine_plain, self.weights_dtype, self.placement)
         sampler, policy = SAMPLERS["flow_unipc"], POLICIES["none"]()
         schedule = sampler.schedule(50, 8.0)
         guidance = np.full(MAX_STEPS, 6.0, np.float32)
         began = time.perf_counter()
-        carry = loop.start(self.weights, self.tokens, self.conditioning, policy, sampler)
-        run = lambda carry, lo, hi: jax.block_until_ready(  # noqa: E731
-            loop.run(self.weights, carry, self.conditioning, schedule, guidance, policy, sampler, np.int32(lo), np.int32(hi))
-        )
+        carry = loop.start(self.weights, self.tokens, self.branches, policy, sampler)
+
+        def run(carry, lo, hi):
+            bounds = np.int32(lo), np.int32(hi), np.int32(0)
+            carry = loop.run(self.weights, carry, self.branches, schedule, guidance, policy, sampler, *bounds)
+            return jax.block_until_ready(carry)
+
         carry = run(carry, 0, 0)
         compiled = time.perf_counter()
         carry = run(carry, 0, 1)

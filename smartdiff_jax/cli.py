@@ -14,7 +14,7 @@ from smartdiff_jax.errors import SmartdiffError
 
 app = typer.Typer(
     name="smartdiff",
-    help="Text to video with diffusion transformers, in JAX.",
+    help="Text to image and video with diffusion transformers, in JAX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,11 +48,14 @@ def _escape(text: str) -> str:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to make.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .mp4, .webp, .gif or .png.")] = Path("out.mp4"),
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to: .mp4, .webp, .gif, .png or .jpg.", show_default="out.mp4 or out.png"),
+    ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="A known name, a folder, or a hub id.")] = "pocket-video",
     weights: Annotated[str | None, typer.Option(help="Folder of a known model's weights.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, or a name of the model's such as 16:9.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="How many frames.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", "--steps", help="1 to 200.")] = None,
@@ -72,7 +75,8 @@ def generate(
         from smartdiff_jax.config.request import GenerateParams
         from smartdiff_jax.stages.media import check_output
 
-        check_output(output)
+        if output is not None:
+            check_output(output)
         request = GenerateParams.create(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -93,6 +97,7 @@ def generate(
         with console.status(f"loading {model}"):
             pipe = Pipeline.from_pretrained(model, weights=weights, system=config, dtype=dtype)
         resolved = pipe.check(request)
+        output = output or Path("out.mp4" if resolved.num_frames > 1 else "out.png")
         check_output(output, num_frames=resolved.num_frames, fps=resolved.fps)
         result = None
         with _bars() as bars:
@@ -130,8 +135,12 @@ def _bars() -> Progress:
 
 @app.command()
 def models() -> None:
-    """List the known models."""
+    """List the known models, and where their weights are."""
     from smartdiff_jax.config.model import bundled_folder, known_models
+    from smartdiff_jax.config.system import SystemConfig
+    from smartdiff_jax.weights.hub import is_fetched
+
+    downloads = SystemConfig.create().cache_dir / "hub"
 
     for spec in known_models().values():
         sampling = spec.sampling
@@ -139,13 +148,12 @@ def models() -> None:
             files = [file for file in bundled_folder(spec.name).rglob("*") if file.is_file()]
             weights = f"bundled, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
         else:
-            weights = f"fetched from {spec.repo}" if spec.repo else "your folder"
+            here = spec.repo is not None and is_fetched(spec.repo, downloads)
+            weights = f"{'downloaded' if here else 'downloads on first use'} from {spec.repo}" if spec.repo else "your folder"
         print(f"{spec.name}  ({spec.parameters} parameters, {weights})")
         print(f"    {spec.description}")
-        print(
-            f"    by default {sampling.width}x{sampling.height}, {sampling.num_frames} frames at {sampling.fps} fps, "
-            f"{sampling.num_inference_steps} steps"
-        )
+        frames = f"{sampling.num_frames} frames at {sampling.fps} fps, " if spec.task == "t2v" else ""
+        print(f"    by default {sampling.width}x{sampling.height}, {frames}{sampling.num_inference_steps} steps")
 
 
 @app.command()

@@ -1,38 +1,85 @@
-"""Feature caches: which evaluations of the block stack are computed, and what stands in for the others.
+"""Feature caches: which evaluations are computed, and what stands in for the others.
 
-A policy is a frozen dataclass of arrays (its numbers are data, its type is static). It is handed the stack of blocks as a
-function and decides, inside the compiled loop, whether to call it.
+    step:  velocity = policy.step(tokens, evaluate)              the guided velocity of a whole step may be predicted
+    model:   hidden = policy.blocks(stack)                       or what a range of blocks makes of one branch
+
+A policy is a registered frozen dataclass of arrays (its numbers are data, its type is static), one object a request. It
+is handed the work as a function and decides, inside the compiled loop, whether to call it: under `lax.cond` on a scalar that is
+equal on every device. Its memory is part of the loop's carry.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Bool, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-State = Any
 Hidden = Any
+State = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where the loop is.
+
+    index, num_steps: of the request. sigmas: its noise levels, padded. timestep: what the model is told.
+    changed_weights: another set of weights than at the step before serves this one (Wan 2.2's experts).
+    token_weights: 1 for a token of the picture, 0 for padding that fills up a mesh's shards (None: there is none).
+    """
+
+    index: Int[Array, ""]
+    num_steps: Int[Array, ""]
+    sigmas: Float[Array, " max_steps_plus_1"]
+    timestep: Float[Array, ""]
+    changed_weights: Bool[Array, ""]
+    token_weights: Float[Array, " s"] | None = None
 
 
 @runtime_checkable
-class CachePolicy(Protocol):
-    """One way to skip work; `state` is its memory for one branch of guidance."""
+class Stack(Protocol):
+    """The blocks of one branch at one step. hidden: what enters them (an array, or a pair of picture and text streams)."""
 
-    def init(self, hidden: Hidden) -> State:
-        """Memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""
+    hidden: Hidden
+    num_blocks: int
+
+    def run(self, hidden: Hidden, lo: int, hi: int) -> Hidden:
+        """Blocks lo to hi - 1 (static)."""
         ...
 
-    def run(
-        self,
-        state: State,
-        index: Int[Array, ""],
-        num_steps: Int[Array, ""],
-        hidden: Hidden,
-        probe: Callable[[], Array],
-        blocks: Callable[[Hidden], Hidden],
-    ) -> tuple[Hidden, State, Bool[Array, ""]]:
-        """What leaves the block stack at step `index`, the new memory, and whether the blocks were computed.
-
-        probe: what this step may be compared by with earlier ones (evaluated only if called).
-        blocks: the whole stack; to skip it, call it under `lax.cond` on a scalar that is equal on every device.
-        """
+    def modulated_input(self) -> Float[Array, "b s d"]:
+        """The modulated input of block 0, computed only if asked for."""
         ...
+
+    def time_embedding(self) -> Float[Array, "b n d"]:
+        """What the timestep alone tells the blocks."""
+        ...
+
+
+Evaluate = Callable[[State], tuple[Array, Array, State, Array]]
+"""(state of the blocks) -> (guided velocity, velocity of the positive branch, state, bool [n]: whose blocks were computed)."""
+
+
+class CachePolicy:
+    """The exact path, and what a policy changes of it: the memory of a branch's blocks, or of the whole step, or both."""
+
+    def init_blocks(self, hidden: Hidden) -> State:
+        """A branch's memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""
+        return ()
+
+    def blocks(self, state: State, step: Step, stack: Stack) -> tuple[Hidden, State, Bool[Array, ""]]:
+        """What leaves the stack, the new memory, and whether the blocks were computed."""
+        return stack.run(stack.hidden, 0, stack.num_blocks), state, jnp.bool_(True)
+
+    def init_step(self, tokens: Float[Array, "b s p"]) -> State:
+        """The step's memory before the first, for tokens like these (shapes and dtypes only)."""
+        return ()
+
+    def step(
+        self, state: State, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
+    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
+        """The guided velocity, the new memory of the step and of the blocks, and which branches' blocks were computed."""
+        velocity, _, inner, computed = evaluate(inner)
+        return velocity, state, inner, computed

@@ -3,16 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
+
+from smartdiff_jax.cache.base import CachePolicy
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class NoCache:
+class NoCache(CachePolicy):
     """Computes always and remembers nothing."""
-
-    def init(self, hidden):
-        return ()
-
-    def run(self, state, index, num_steps, hidden, probe, blocks):
-        return blocks(hidden), state, jnp.bool_(True)

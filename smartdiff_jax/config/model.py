@@ -13,35 +13,53 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.shift import DynamicShift
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.registry import Registry
 
 
 class SamplingDefaults(BaseModel):
-    """What a request gets when it does not say otherwise, as the model card advises.
+    """What a request gets when it does not say otherwise, as the model card advises, and what the weights demand.
 
-    shift_by_height: shift for frames of at most this height, where the card gives one per resolution.
-    boundary: with two experts, the timestep (as a fraction of 1000) from which on the high-noise expert is used.
+    guidance: "cfg" runs a negative branch; "embedded" tells the model its scale; "none" is distilled to do without.
+    guidance_off: the guidance_scale that is no guidance (0 for Z-Image, which counts from the positive branch).
+    guidance_norm: "per_token" keeps every token's norm; a number caps a sample's norm at that multiple of the positive one's.
+    guidance_truncation: no guidance once 1 - sigma exceeds it.
     guidance_scale_2: guidance of the low-noise expert.
+    shift: fixed; shift_by_height: for frames of at most this height, where the card gives one per resolution;
+    dynamic_shift: by the number of tokens instead.
+    from_one, terminal: see samplers.base.Spacing.
+    boundary: with two experts, the timestep (as a fraction of 1000) from which on the high-noise expert is used.
+    sizes: names for sizes (width, height) the model was trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sampler: str = "flow_unipc"
     num_inference_steps: int = 50
+    guidance: Literal["cfg", "embedded", "none"] = "cfg"
     guidance_scale: float = 5.0
     guidance_scale_2: float | None = None
+    guidance_off: float = 1.0
+    guidance_norm: float | Literal["per_token"] | None = None
+    guidance_truncation: float = 1.0
     shift: float = 5.0
     shift_by_height: dict[int, float] = Field(default_factory=dict)
+    dynamic_shift: DynamicShift | None = Field(None, discriminator="kind")
+    from_one: bool = False
+    terminal: float | None = None
     boundary: float | None = None
     negative_prompt: str = ""
     width: int = 832
     height: int = 480
+    sizes: dict[str, tuple[int, int]] = Field(default_factory=dict)
     num_frames: int = 81
     fps: int = 16
 
-    def shift_for(self, height: int) -> float:
-        """The shift of the smallest listed height that is not below `height`, or the general one."""
+    def shift_for(self, height: int, num_tokens: int, num_steps: int) -> float:
+        """By the tokens where the model asks for it; else of the smallest listed height that is not below `height`."""
+        if self.dynamic_shift is not None:
+            return self.dynamic_shift.shift(num_tokens, num_steps)
         fitting = [limit for limit in self.shift_by_height if height <= limit]
         return self.shift_by_height[min(fitting)] if fitting else self.shift
 

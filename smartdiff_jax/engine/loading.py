@@ -1,28 +1,29 @@
 """From a name or a folder to a model in place: which weights, which architecture numbers, where they go."""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from smartdiff_jax.config.fields import raise_invalid
-from smartdiff_jax.config.model import ModelSpec, SamplingDefaults, bundled_folder, known_models
-from smartdiff_jax.config.request import ResolvedParams
+from smartdiff_jax.config.model import ModelSpec, bundled_folder, known_models
+from smartdiff_jax.config.shift import LinearShift
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
 from smartdiff_jax.models.families import FAMILIES, Family, family_of_pipeline
 from smartdiff_jax.models.family import Architecture
+from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.sharding.mesh import make_mesh, replicated
-from smartdiff_jax.stages.text_encode import load_tokenizer
+from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
 from smartdiff_jax.weights.hub import fetch
 from smartdiff_jax.weights.store import WeightStore, store_key
@@ -37,28 +38,26 @@ SAMPLER_OF_SCHEDULER = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Weights on the mesh and what is needed to run them. Pairs are (graphdef, weights)."""
+    """Weights on the mesh and what is needed to run them. Pairs are (graphdef, weights).
+
+    tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
+    """
 
     spec: ModelSpec
     family: Family
     mesh: Mesh
     dtype: Any
-    tokenizer: Tokenizer
-    max_text_length: int
-    pad_id: int
-    text_encoder: tuple[Any, Any]
+    tokenizers: dict[str, tuple[Tokenizer, int]]
+    max_text_lengths: dict[str, int]
+    text_encoders: dict[str, tuple[Any, Any]]
     vae: tuple[Any, Any]
     denoiser_graph: Any
     denoisers: list[Any]
     configs: dict[str, Any]
 
-    @property
-    def patch_size(self) -> tuple[int, int, int]:
-        return tuple(self.configs["transformer"].patch_size)
-
-    @property
-    def text_dim(self) -> int:
-        return self.configs["transformer"].text_dim
+    @cached_property
+    def patches(self) -> Patches:
+        return self.family.patches(self.configs["transformer"])
 
     @property
     def spatial_stride(self) -> int:
@@ -66,34 +65,30 @@ class LoadedModel:
 
     @property
     def temporal_stride(self) -> int:
-        return self.configs["vae"].temporal_stride
+        """0 for a picture model."""
+        return self.configs["vae"].temporal_stride if self.family.task == "t2v" else 0
 
     @property
     def size_multiple(self) -> int:
-        return self.spatial_stride * self.patch_size[1]
+        return self.spatial_stride * self.patches.size[1]
 
-    def latent_shape(self, params: ResolvedParams) -> tuple[int, ...]:
-        """(1, c, f, h, w) for a request's size."""
-        return (
-            1,
-            self.configs["vae"].z_dim,
-            (params.num_frames - 1) // self.temporal_stride + 1,
-            params.height // self.spatial_stride,
-            params.width // self.spatial_stride,
-        )
+    def latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
+        """(1, c, f, h, w) for a size in pixels."""
+        frames = (num_frames - 1) // self.temporal_stride + 1 if self.temporal_stride else 1
+        return 1, self.configs["vae"].z_dim, frames, height // self.spatial_stride, width // self.spatial_stride
 
-    def grid(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens along (frames, rows, columns) of latents [b, c, f, h, w]."""
-        return tuple(size // patch for size, patch in zip(latent_shape[2:], self.patch_size, strict=True))
+    def count_tokens(self, width: int, height: int, num_frames: int) -> int:
+        """Of one output."""
+        return math.prod(self.patches.grid(self.latent_shape(width, height, num_frames)))
 
-    def rope(self, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The rotary table of latents of that shape."""
-        return _rope(self.family.rope_table, self.grid(latent_shape), self.configs["transformer"].attention_head_dim)
+    def rope(self, grid: tuple[int, int, int], num_text: int, text_length: int) -> tuple[Any, Any]:
+        """Rotary tables (cos, sin) of the tokens and of the text (or None)."""
+        return _rope(self.family.rope, self.configs["transformer"], grid, num_text, text_length)
 
 
 @lru_cache(maxsize=8)
-def _rope(rope_table: Callable, grid: tuple[int, ...], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    return rope_table(grid, head_dim)
+def _rope(rope: Callable, config: Any, grid: tuple[int, int, int], num_text: int, text_length: int) -> tuple[Any, Any]:
+    return rope(config, grid, num_text, text_length)
 
 
 def load_model(model: str | Path, weights: str | Path | None, system: SystemConfig) -> LoadedModel:
@@ -119,16 +114,21 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
             f"{folder.path} holds {'two experts' if 'transformer_2' in components else 'one expert'}, but its "
             f"boundary_ratio is {spec.sampling.boundary}; two experts need a boundary_ratio in model_index.json, one has none"
         )
-    limit = folder.require("tokenizer").config.get("model_max_length", family.max_text_length)
+    tokenizers, limits = {}, {}
+    for source in family.text:
+        component = folder.require(source.tokenizer)
+        # Older folders name the padding in the encoder's config only.
+        pad_id = find_pad_id(component.path, default=folder.require(source.encoder).config.get("pad_token_id"))
+        tokenizers[source.tokenizer] = load_tokenizer(component.path), pad_id
+        limits[source.tokenizer] = min(source.max_length, int(component.config.get("model_max_length", source.max_length)))
     return LoadedModel(
         spec=spec,
         family=family,
         mesh=mesh,
         dtype=dtype,
-        tokenizer=load_tokenizer(folder.path / "tokenizer"),
-        max_text_length=min(family.max_text_length, int(limit)),
-        pad_id=int(folder.require("text_encoder").config.get("pad_token_id", 0)),
-        text_encoder=components["text_encoder"],
+        tokenizers=tokenizers,
+        max_text_lengths=limits,
+        text_encoders={source.encoder: components[source.encoder] for source in family.text},
         vae=components["vae"],
         denoiser_graph=components["transformer"][0],
         denoisers=[components[name][1] for name in ("transformer", "transformer_2") if name in components],
@@ -194,25 +194,48 @@ def locate(model: str | Path, weights: str | Path | None, cache_dir: Path) -> tu
 
 
 def spec_of(folder: CheckpointFolder) -> ModelSpec:
-    """A spec for a folder that is not known by name: its family's defaults, its own scheduler and boundary."""
+    """A spec for a folder that is not known by name: the defaults of the known model it shares most numbers with, and the
+    sampler, the shift and the boundary that its own files tell."""
     family = family_of_pipeline(folder.pipeline_class)
     if family is None:
         served = ", ".join(family.pipeline_class for family in FAMILIES.values())
         raise CheckpointError(f"{folder.path} is a {folder.pipeline_class}; served are {served}")
     scheduler = folder.require("scheduler")
-    scheduler_class = scheduler.class_name
-    if scheduler_class not in SAMPLER_OF_SCHEDULER:
+    if scheduler.class_name not in SAMPLER_OF_SCHEDULER:
         raise CheckpointError(
-            f"{folder.path}/scheduler names {scheduler_class!r}; served are {', '.join(SAMPLER_OF_SCHEDULER)}"
+            f"{folder.path}/scheduler names {scheduler.class_name!r}; served are {', '.join(SAMPLER_OF_SCHEDULER)}"
         )
-    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    relatives = [spec for spec in known_models().values() if spec.family == family.name and not spec.bundled]
+    settings = scheduler.config
+    shift = settings.get("flow_shift", settings.get("shift", 1.0))
+    # Models that differ in their training only, as Z-Image and its Turbo, differ in the shift.
+    near = max(relatives, key=lambda spec: (_shared_numbers(spec, folder), -abs(spec.sampling.shift - shift)))
+    found: dict[str, Any] = {"sampler": SAMPLER_OF_SCHEDULER[scheduler.class_name]}
+    if settings.get("use_dynamic_shifting"):
+        if near.sampling.dynamic_shift is None or near.sampling.dynamic_shift.kind == "linear":
+            known = LinearShift.model_fields.keys() & settings.keys()
+            found["dynamic_shift"] = LinearShift(**{name: settings[name] for name in known})
+    else:
+        found |= {"dynamic_shift": None, "shift": shift}
+    found["terminal"] = settings.get("shift_terminal") or None
+    if folder.settings.get("is_distilled") is False:
+        found |= {"guidance": "cfg", "guidance_scale": 4.0, "num_inference_steps": 50}  # FLUX.2 klein base
+    found["boundary"] = folder.settings.get("boundary_ratio")
     return ModelSpec(
         name=folder.path.name,
         family=family.name,
-        task=family.task,  # pyright: ignore[reportArgumentType]
-        sampling=SamplingDefaults(
-            sampler=SAMPLER_OF_SCHEDULER[scheduler_class], shift=shift, boundary=folder.settings.get("boundary_ratio")
-        ),
+        task=near.task,
+        sampling=near.sampling.model_copy(update=found),
+    )
+
+
+def _shared_numbers(spec: ModelSpec, folder: CheckpointFolder) -> int:
+    """How many of the numbers that tell the model the folder has too."""
+    return sum(
+        component.config.get(field) == expected
+        for name, fields in spec.components.items()
+        if (component := folder.component(name)) is not None
+        for field, expected in fields.items()
     )
 
 

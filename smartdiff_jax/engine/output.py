@@ -41,7 +41,7 @@ class Report:
 class GenerateOutput:
     """frames: uint8 [n, frames, height, width, 3] (float32 in [0, 1] for output_type="np"; None for "latent").
 
-    latents: float32 [n, c, f, h, w], as the model's diffusers pipeline returns them.
+    latents: float32 [n, c, f, h, w], of a picture model [n, c, h, w]: normalised, not packed into tokens.
     """
 
     frames: np.ndarray | None

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from smartdiff_jax.cache import POLICIES
-from smartdiff_jax.config.model import ModelSpec
+from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams, resolve
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
 from smartdiff_jax.engine.loading import LoadedModel, load_model
@@ -28,17 +30,19 @@ from smartdiff_jax.errors import Cancelled, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
-from smartdiff_jax.samplers.base import MAX_STEPS, Schedule
+from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import wrap
 from smartdiff_jax.sharding.mesh import describe, replicated
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.decode import Decode
 from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, denoise, split_experts
-from smartdiff_jax.stages.guidance import GUIDANCE
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
-from smartdiff_jax.stages.text_encode import TextEncode, check_embeds
+from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
 
 OUTPUT_TYPES = ("uint8", "np", "latent")
+MAX_BATCH_TOKENS = 32_768
+"""Of one trip through the loop: one Wan clip at 480p, or eight pictures at 1024x1024. More fills the device no better."""
 OnProgress = Callable[[Progress], object]
 
 
@@ -49,6 +53,7 @@ class Inputs:
     latents: Any = None
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
+    pooled_prompt_embeds: Any = None
 
 
 class Pipeline:
@@ -60,16 +65,23 @@ class Pipeline:
         self._model = model
         attend = wrap(ATTENTION[system.attention], model.mesh)
         self._text = TextEncode(
-            model.tokenizer,
-            *model.text_encoder,
-            max_length=model.max_text_length,
-            pad_id=model.pad_id,
-            dtype=model.dtype,
+            [
+                PromptEncoder(
+                    dataclasses.replace(source, max_length=model.max_text_lengths[source.tokenizer]),
+                    *model.tokenizers[source.tokenizer],
+                    *model.text_encoders[source.encoder],
+                    dtype=model.dtype,
+                )
+                for source in model.family.text
+            ],
+            model.dtype,
         )
-        self._loop = DenoiseLoop(model.denoiser_graph, attend, GUIDANCE[system.guidance], model.dtype, replicated(model.mesh))
+        everywhere = replicated(model.mesh)
+        combine = combine_for(model.spec.sampling)
+        self._loop = DenoiseLoop(model.denoiser_graph, attend, GUIDANCE[system.guidance], combine, model.dtype, everywhere)
         self._decode = Decode(*model.vae, dtype=model.dtype)
-        self._pack = jax.jit(lambda latents: model.family.pack(latents, model.patch_size))
-        self._unpack = jax.jit(lambda tokens, grid: model.family.unpack(tokens, grid, model.patch_size), static_argnames="grid")
+        self._pack = jax.jit(model.patches.pack)
+        self._unpack = jax.jit(model.patches.unpack, static_argnames="grid")
 
     @classmethod
     def from_pretrained(
@@ -104,21 +116,23 @@ class Pipeline:
         latents: Any = None,
         prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
         output_type: str = "uint8",
         on_progress: OnProgress | None = None,
         **params: Any,
     ) -> GenerateOutput:
         """Generate. `params` are the fields of GenerateParams (size, num_frames, num_inference_steps, seed, …).
 
-        latents: noise [n, c, f, h, w] instead of what the seed draws, one output each.
-        prompt_embeds, negative_prompt_embeds: text states [1, length, d] instead of the prompts.
+        latents: noise [n, c, f, h, w], of a picture model [n, c, h, w], instead of what the seed draws, one output each.
+        prompt_embeds, negative_prompt_embeds: text states [1, length, d] instead of the prompts;
+        pooled_prompt_embeds: [1, e] beside them, for models with a pooled text encoder (FLUX.1).
         output_type: "uint8", "np" (float32 in [0, 1]) or "latent".
         on_progress: called between chunks, on this thread; raising from it cancels, and nothing is left behind.
 
         Raises InvalidRequest naming the field, the value and the remedy.
         """
         request = GenerateParams.create(prompt=prompt, **params)
-        inputs = Inputs(latents, prompt_embeds, negative_prompt_embeds)
+        inputs = Inputs(latents, prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds)
         for event in self.stream(request, inputs, output_type):
             if isinstance(event, GenerateOutput):
                 return event
@@ -133,6 +147,7 @@ class Pipeline:
             self.spec,
             size_multiple=self._model.size_multiple,
             frame_multiple=self._model.temporal_stride,
+            count_tokens=self._model.count_tokens,
         )
         for table, name in ((SAMPLERS, resolved.sampler), (POLICIES, resolved.cache)):
             table[name]  # an unknown name is an error here, and not half-way
@@ -146,43 +161,42 @@ class Pipeline:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
         params = self.check(request)
         clock = _Clock()
-        shape = self._model.latent_shape(params)
-        noise = None if inputs.latents is None else check_latents(inputs.latents, shape)
+        shape = self._model.latent_shape(params.width, params.height, params.num_frames)
+        is_picture = self._model.family.task == "t2i"
+        noise = None if inputs.latents is None else check_latents(inputs.latents, shape, is_picture)
         num_outputs = params.num_outputs if noise is None else len(noise)
 
         yield Progress("text", 0, 1)
-        text, notes = self._encode(params, inputs)
-        clock.lap("text", text)
+        encoded = self._encode(params, inputs)
+        branches = self._branches(params, encoded, self._model.patches.grid(shape))
+        clock.lap("text", branches)
         yield Progress("text", 1, 1)
 
-        conditioning = self._conditioning(text, shape)
         sampler = SAMPLERS[params.sampler]
-        schedule = sampler.schedule(params.num_inference_steps, params.shift)
-        experts = split_experts(
-            self._model.denoisers,
-            np.asarray(schedule.timesteps),
-            params.num_inference_steps,
-            self.spec.sampling.boundary,
-        )
-        guidance = _guidance_table(params, [expert.last for expert in experts])
+        defaults = self.spec.sampling
+        schedule = sampler.schedule(params.num_inference_steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
+        timesteps = np.asarray(schedule.timesteps)
+        experts = split_experts(self._model.denoisers, timesteps, params.num_inference_steps, defaults.boundary)
+        scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
 
         results, frames, steps = [], [], []
-        total = params.num_inference_steps * num_outputs
-        for index in range(num_outputs):
-            start = draw_noise((params.seed + index) % (MAX_SEED + 1), shape) if noise is None else noise[index : index + 1]
-            tokens = self._pack(start)
-            events = denoise(self._loop, experts, tokens, conditioning, schedule, guidance, POLICIES[params.cache](), sampler)
-            for event in events:
+        batches = split_outputs(num_outputs, self._model.count_tokens(params.width, params.height, params.num_frames))
+        total = params.num_inference_steps * len(batches)
+        for number, batch in enumerate(batches):
+            tokens = self._pack(self._noise(params.seed, shape, batch) if noise is None else noise[batch.start : batch.stop])
+            policy = POLICIES[params.cache]()
+            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler):
                 if isinstance(event, Progress):
-                    yield Progress("denoise", index * params.num_inference_steps + event.done, total)
+                    yield Progress("denoise", number * params.num_inference_steps + event.done, total)
                 else:
-                    result = self._unpack(event.tokens, grid=self._model.grid(shape))
-                    steps.append(_executed(event, schedule))
+                    result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
+                    steps += [_executed(event, schedule)] * len(batch)
             clock.lap("denoise", result)
             results.append(np.asarray(result))
-            if output_type != "latent":
+            for index in batch if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
-                frames.append(np.asarray(self._decode(result, to_uint8=output_type == "uint8")))
+                one = result[index - batch.start : index - batch.start + 1]
+                frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
 
@@ -200,32 +214,66 @@ class Pipeline:
             mesh=describe(self._model.mesh),
             dtype=self._model.dtype.name,
             peak_memory=_peak_memory(self._model.mesh.devices.flat[0]),
-            notes=tuple(notes),
+            notes=encoded.notes,
         )
-        yield GenerateOutput(frames=pictures, latents=latents, report=report)
+        yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
 
-    def _encode(self, params: ResolvedParams, inputs: Inputs) -> tuple[Any, list[str]]:
-        """Text states [2, 1, l, d], positive branch first, and what to tell the user."""
-        states, notes = [], []
-        for field, prompt, embeds in (
-            ("prompt", params.prompt, inputs.prompt_embeds),
-            ("negative_prompt", params.negative_prompt, inputs.negative_prompt_embeds),
-        ):
-            if embeds is not None:
-                states.append(check_embeds(f"{field}_embeds", embeds, self._model.text_dim, self._text.max_length))
-                continue
-            encoded = self._text(prompt)
-            states.append(encoded.states)
-            if encoded.truncated:
-                notes.append(
-                    f"{field} has {encoded.num_tokens} tokens; the encoder takes {self._text.max_length}, the rest was cut off"
-                )
-        dtype = self._model.dtype
-        return np.stack([np.asarray(state, dtype=np.float32).astype(dtype) for state in states]), notes
+    def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:
+        """What each branch of guidance is told."""
+        branches = [Branch("prompt", params.prompt, inputs.prompt_embeds, inputs.pooled_prompt_embeds)]
+        if self.spec.sampling.guidance == "cfg":
+            branches.append(Branch("negative_prompt", params.negative_prompt, inputs.negative_prompt_embeds))
+        elif inputs.negative_prompt_embeds is not None:
+            raise InvalidRequest("negative_prompt_embeds", "given", f"{self.spec.name} has no negative branch; leave it out")
+        return self._text(branches)
 
-    def _conditioning(self, text: Any, shape: tuple[int, ...]) -> Conditioning:
-        text, cos, sin = jax.device_put((text, *self._model.rope(shape)), replicated(self._model.mesh))
-        return Conditioning(text=text, rope_cos=cos, rope_sin=sin)
+    def _branches(self, params: ResolvedParams, encoded: EncodedText, grid: tuple[int, int, int]) -> Conditioning:
+        """All branches as the loop takes them, on the mesh."""
+        count, _, num_text, _ = encoded.text.shape
+        lengths = np.full(count, num_text) if encoded.text_length is None else encoded.text_length[:, 0]
+        tables = [self._model.rope(grid, num_text, int(length)) for length in lengths]
+        rope, text_rope = (
+            None if pairs[0] is None else tuple(np.stack(table)[:, None] for table in zip(*pairs, strict=True))
+            for pairs in zip(*tables, strict=True)
+        )
+        embedded = self.spec.sampling.guidance == "embedded"
+        told = {
+            "text": encoded.text,
+            "rope": rope,
+            "text_rope": text_rope,
+            "text_length": encoded.text_length,
+            "pooled": encoded.pooled,
+            "guidance": np.full((count, 1), params.guidance_scale, np.float32) if embedded else None,
+        }
+        return Conditioning(**jax.device_put(told, replicated(self._model.mesh)))
+
+    def _noise(self, seed: int, shape: tuple[int, ...], batch: range) -> jax.Array:
+        """Output i of several is the picture of seed + i alone."""
+        return jnp.concatenate([draw_noise((seed + index) % (MAX_SEED + 1), shape) for index in batch])
+
+
+def split_outputs(num_outputs: int, tokens: int) -> list[range]:
+    """Outputs that go through the loop together: as many as MAX_BATCH_TOKENS hold, in powers of two, so that few sizes of
+    batch are ever compiled."""
+    batches, first = [], 0
+    while first < num_outputs:
+        most = max(1, min(num_outputs - first, MAX_BATCH_TOKENS // tokens))
+        size = 2 ** (most.bit_length() - 1)
+        batches.append(range(first, first + size))
+        first += size
+    return batches
+
+
+def guidance_table(
+    params: ResolvedParams, defaults: SamplingDefaults, timesteps: np.ndarray, ends: list[int]
+) -> Float[np.ndarray, " max_steps"]:
+    """Guidance scale by step, 1 where there is none: the first expert's, then the second's."""
+    table = np.full(MAX_STEPS, params.guidance_scale, np.float32)
+    if params.guidance_scale_2 is not None:
+        table[ends[0] :] = params.guidance_scale_2
+    table += np.float32(1.0 - defaults.guidance_off)
+    table[1.0 - timesteps / NUM_TRAIN_TIMESTEPS > defaults.guidance_truncation] = 1.0
+    return table
 
 
 class _Clock:
@@ -242,17 +290,10 @@ class _Clock:
         self._last = now
 
 
-def _guidance_table(params: ResolvedParams, ends: list[int]) -> np.ndarray:
-    """Guidance scale by step: the first expert's, then the second's."""
-    table = np.full(MAX_STEPS, params.guidance_scale, np.float32)
-    if params.guidance_scale_2 is not None:
-        table[ends[0] :] = params.guidance_scale_2
-    return table
-
-
 def _executed(carry: DenoiseCarry, schedule: Schedule) -> str:
+    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did."""
     done = np.asarray(carry.executed)[: int(schedule.num_steps)]
-    return "".join("F" if step else "." for step in done)
+    return "".join("F" if step[0] else "h" if step.any() else "." for step in done)
 
 
 def _peak_memory(device: Any) -> int:

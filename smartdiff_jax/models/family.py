@@ -71,7 +71,11 @@ class Denoiser(Protocol):
         ...
 
     def probe(self, hidden: Hidden, context: Context) -> Array:
-        """What step caches compare between steps: the modulated input of block 0."""
+        """What step caches compare between steps: the modulated input of block 0, of the picture's stream."""
+        ...
+
+    def time_embedding(self, context: Context) -> Array:
+        """What the timestep alone tells the blocks, for caches that go by it: [b, n, d]."""
         ...
 
 

@@ -35,9 +35,11 @@ from smartdiff_jax.models.layers import (
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
 
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
+Table = tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]
 
 
 class WanConfig(BaseModel):
@@ -88,10 +90,18 @@ class WanConfig(BaseModel):
         return value
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]:
-    """Rotary table of a grid of (frames, rows, columns) tokens: float32 [s, head_dim / 2]; frames get the remainder."""
-    spatial = 2 * (head_dim // 6)
-    return axial_rope_table(grid, (head_dim - 2 * spatial, spatial, spatial))
+def patches(config: WanConfig) -> Patches:
+    """How latents become tokens."""
+    return Patches(config.patch_size)
+
+
+def rope(config: WanConfig, grid: tuple[int, int, int], num_text: int = 0, text_length: int = 0) -> tuple[Table, None]:
+    """Rotary table of a grid of (frames, rows, columns) tokens: float32 [s, head_dim / 2] each; frames get the remainder.
+
+    Text has no positions.
+    """
+    spatial = 2 * (config.attention_head_dim // 6)
+    return axial_rope_table(grid, (config.attention_head_dim - 2 * spatial, spatial, spatial)), None
 
 
 @jax.tree_util.register_dataclass
@@ -204,11 +214,12 @@ class WanTransformer(nnx.Module):
             frequencies = timestep_embedding(jnp.broadcast_to(timestep, (batch,)), self.freq_dim)
             temb = self.time_embedder(frequencies)
             modulation = self.time_projection(jax.nn.silu(temb)).reshape(batch, 6, -1)
+        text, text_length = self.text_embedder(conditioning.text), conditioning.text_length
         context = WanContext(
             temb=temb,
             modulation=modulation,
-            text=self.text_embedder(conditioning.text),
-            text_length=conditioning.text_length,
+            text=jnp.broadcast_to(text, (batch, *text.shape[1:])),
+            text_length=None if text_length is None else jnp.broadcast_to(text_length, (batch,)),
             rope=conditioning.rope,
         )
         return self.patch_embedding(tokens), context
@@ -228,6 +239,10 @@ class WanTransformer(nnx.Module):
         """The modulated input of block 0's self-attention."""
         pieces = self.blocks.scale_shift_table[0] + context.modulation
         return modulated_norm(hidden, pieces[:, 0:1], pieces[:, 1:2], self.eps)
+
+    def time_embedding(self, context: WanContext) -> Float[Array, "b 6 d"]:
+        """The projected timestep, before each block adds its own table."""
+        return context.modulation
 
 
 def _table(rngs: nnx.Rngs, rows: int, dim: int) -> Array:

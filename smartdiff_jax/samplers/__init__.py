@@ -2,7 +2,7 @@
 
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.registry import Registry
-from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
+from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule, Spacing
 from smartdiff_jax.samplers.flow_dpmpp import FlowDPMpp
 from smartdiff_jax.samplers.flow_euler import FlowEuler
 from smartdiff_jax.samplers.flow_unipc import FlowUniPC
@@ -13,4 +13,4 @@ SAMPLERS: Registry[Sampler] = Registry(
     error=InvalidRequest,
 )
 
-__all__ = ["MAX_STEPS", "SAMPLERS", "Sampler", "Schedule"]
+__all__ = ["MAX_STEPS", "SAMPLERS", "Sampler", "Schedule", "Spacing"]

@@ -32,6 +32,18 @@ class Schedule:
     num_steps: Int[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class Spacing:
+    """Where a model wants its noise levels, besides the shift.
+
+    from_one: n levels from 1 to 1/n before the shift (image models), not from the training grid.
+    terminal: the last level the model is asked at, to which the others are stretched (Qwen-Image).
+    """
+
+    from_one: bool = False
+    terminal: float | None = None
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """An ODE solver. `schedule` runs on the host (NumPy), `init` and `step` inside the compiled loop, in float32.
@@ -40,8 +52,11 @@ class Sampler(Protocol):
     whatever their class, and jit could take the executable of another sampler.
     """
 
-    def schedule(self, num_steps: int, shift: float) -> Schedule:
-        """The padded tables of a request: 1 <= num_steps <= MAX_STEPS, shift > 0."""
+    def schedule(self, num_steps: int, shift: float, spacing: Spacing = Spacing()) -> Schedule:
+        """The padded tables of a request: 1 <= num_steps <= MAX_STEPS, shift > 0.
+
+        The multistep solvers lay their own grids whatever the spacing says, as their diffusers schedulers do.
+        """
         ...
 
     def init(self, latents: Float[Array, "*shape"]) -> State:

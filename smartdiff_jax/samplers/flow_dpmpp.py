@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS, Schedule
+from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS, Schedule, Spacing
 from smartdiff_jax.samplers.multistep import data_prediction, predict
 from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_sigmas
 
@@ -21,7 +21,7 @@ from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_si
 class FlowDPMpp:
     """Second order with one velocity a step. History: the data prediction of the step before."""
 
-    def schedule(self, num_steps: int, shift: float) -> Schedule:
+    def schedule(self, num_steps: int, shift: float, spacing: Spacing = Spacing()) -> Schedule:
         """The grid begins at 0.999 before the shift; timesteps are cut to whole numbers."""
         check_request(num_steps, shift)
         grid = 1.0 - np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, num_steps + 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS, Schedule
+from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS, Schedule, Spacing
 from smartdiff_jax.samplers.multistep import data_prediction, log_snr_step, predict, sigma_ratio
 from smartdiff_jax.samplers.schedules import apply_shift, check_request, from_sigmas
 
@@ -37,7 +37,7 @@ class UniPCState:
 class FlowUniPC:
     """Second order predictor, third order corrector, one velocity a step."""
 
-    def schedule(self, num_steps: int, shift: float) -> Schedule:
+    def schedule(self, num_steps: int, shift: float, spacing: Spacing = Spacing()) -> Schedule:
         """The grid begins at 1 - 1e-6; timesteps are cut to whole numbers, so the first is 999."""
         check_request(num_steps, shift)
         sigmas = apply_shift(np.linspace(1, 1 / NUM_TRAIN_TIMESTEPS, num_steps + 1)[:-1], shift)

@@ -32,6 +32,14 @@ def apply_shift(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def stretch(sigmas: np.ndarray, terminal: float | None) -> np.ndarray:
+    """`sigmas` drawn out so that the last is `terminal` (None: as they are); 1 stays where it is."""
+    if terminal is None or len(sigmas) == 1:  # one step begins at 1 and has nothing to end at
+        return sigmas
+    below_one = 1 - sigmas
+    return 1 - below_one / (below_one[-1] / (1 - terminal))
+
+
 def from_sigmas(sigmas: np.ndarray | list[float], timesteps: np.ndarray | list[float] | None = None) -> Schedule:
     """The padded tables of given sigmas.
 

@@ -18,11 +18,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from smartdiff_jax.cache.base import CachePolicy
+from smartdiff_jax.cache.base import CachePolicy, Step
+from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.stages.base import Progress, jit_in
-from smartdiff_jax.stages.guidance import Guidance
+from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
 
 CHUNK_SECONDS = 0.5
 MAX_CHUNK = 8
@@ -34,13 +35,13 @@ class DenoiseCarry:
     """What one step hands to the next.
 
     tokens: packed noisy latents, float32 [b, s, p].
-    executed: bool [MAX_STEPS], at which steps the blocks were computed.
+    executed: bool [MAX_STEPS, n], at which steps the blocks of which branch were computed.
     """
 
     tokens: Float[Array, "b s p"]
     sampler_state: Any
     cache_state: Any
-    executed: Bool[Array, " max_steps"]
+    executed: Bool[Array, "max_steps n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,87 +58,112 @@ class DenoiseLoop:
 
     graphdef: of the denoiser (nnx.split); its weights are arguments of every call.
     attend: attention, wrapped for the mesh.
-    guidance: how the branches of classifier-free guidance run.
+    guidance, combine: how the branches of classifier-free guidance run, and how they are put together.
     dtype: the denoiser computes in; the latents and the sampler are float32 always.
     placement: sharding of the carry. Said once for all chunks, because an equal carry placed by another sharding object,
         as the first chunk's would be, is another executable.
     """
 
-    def __init__(self, graphdef: Any, attend: Any, guidance: Guidance, dtype: Any, placement: Any):
-        self._graphdef, self._attend, self._guidance = graphdef, attend, guidance
+    def __init__(self, graphdef: Any, attend: Attend, guidance: Guidance, combine: Combine, dtype: Any, placement: Any):
+        self._graphdef, self._attend, self._guidance, self._combine = graphdef, attend, guidance, combine
         self.start = jit_in(dtype, self._start, out_shardings=placement)
         self.run = jit_in(dtype, self._run, donate_argnames="carry", out_shardings=placement)
-
-    def _evaluate(self, weights, conditioning, timestep, index, num_steps, policy):
-        """One branch: tokens, its text and its cache memory to a velocity."""
-        model: Any = nnx.merge(self._graphdef, weights)
-
-        def evaluate(tokens, text, state):
-            hidden, context = model.embed(tokens, timestep, dataclasses.replace(conditioning, text=text))
-
-            def blocks(hidden):
-                return model.run_blocks(hidden, context, self._attend, 0, model.num_blocks)
-
-            out, state, computed = policy.run(state, index, num_steps, hidden, lambda: model.probe(hidden, context), blocks)
-            return model.head(out, context), state, computed
-
-        return evaluate
 
     def _start(
         self,
         weights: Any,
         tokens: Float[Array, "b s p"],
-        conditioning: Conditioning,
+        branches: Conditioning,
         policy: CachePolicy,
         sampler: Sampler,
     ) -> DenoiseCarry:
         model: Any = nnx.merge(self._graphdef, weights)
-        states = self._guidance.num_states
-        width = 2 // states
+        num_branches = branches.text.shape[0]
+        states = self._guidance.num_states(num_branches)
+        width = num_branches // states
 
-        def like_hidden():
-            text = conditioning.text[0]
-            wide = dataclasses.replace(conditioning, text=jnp.tile(text, (width, 1, 1)))
-            return policy.init(model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), wide)[0])
+        def like_blocks():
+            one = as_batch(jax.tree.map(lambda leaf: leaf[:width], branches), tokens.shape[0])
+            return policy.init_blocks(model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)[0])
 
-        memory = jax.eval_shape(like_hidden)
+        of_blocks, of_step = jax.eval_shape(like_blocks), jax.eval_shape(policy.init_step, tokens)
         return DenoiseCarry(
             tokens=tokens,
             sampler_state=sampler.init(tokens),
-            cache_state=jax.tree.map(lambda leaf: jnp.zeros((states, *leaf.shape), leaf.dtype), memory),
-            executed=jnp.zeros(MAX_STEPS, bool),
+            cache_state=(
+                jax.tree.map(lambda leaf: jnp.zeros((states, *leaf.shape), leaf.dtype), of_blocks),
+                jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_step),
+            ),
+            executed=jnp.zeros((MAX_STEPS, num_branches), bool),
         )
 
     def _run(
         self,
         weights: Any,
         carry: DenoiseCarry,
-        conditioning: Conditioning,
+        branches: Conditioning,
         schedule: Schedule,
         guidance_scale: Float[Array, " max_steps"],
         policy: CachePolicy,
         sampler: Sampler,
         lo: Int[Array, ""],
         hi: Int[Array, ""],
+        first: Int[Array, ""],
     ) -> DenoiseCarry:
+        """Steps lo to hi - 1; `first` is the step from which on these weights serve."""
+        model: Any = nnx.merge(self._graphdef, weights)
+
         def body(index, carry: DenoiseCarry) -> DenoiseCarry:
-            evaluate = self._evaluate(weights, conditioning, schedule.timesteps[index], index, schedule.num_steps, policy)
-            with jax.named_scope("model"):
-                velocity, cache_state, computed = self._guidance(
-                    evaluate, carry.tokens, conditioning.text, guidance_scale[index], carry.cache_state
-                )
+            changed = (index == first) & (first > 0)
+            step = Step(index, schedule.num_steps, schedule.sigmas, schedule.timesteps[index], changed)
+
+            def branch(tokens, conditioning, state):
+                hidden, context = model.embed(tokens, step.timestep, conditioning)
+                out, state, computed = policy.blocks(state, step, _Stack(model, self._attend, hidden, context))
+                return model.head(out, context), state, computed
+
+            def evaluate(state):
+                with jax.named_scope("model"):
+                    return self._guidance(branch, self._combine, carry.tokens, branches, guidance_scale[index], state)
+
+            inner, outer = carry.cache_state
+            num_branches = branches.text.shape[0]
+            velocity, outer, inner, computed = policy.step(outer, inner, step, carry.tokens, evaluate, num_branches)
             with jax.named_scope("sampler"):
                 tokens, sampler_state = sampler.step(carry.sampler_state, carry.tokens, velocity, schedule, index)
-            return DenoiseCarry(tokens, sampler_state, cache_state, carry.executed.at[index].set(computed))
+            return DenoiseCarry(tokens, sampler_state, (inner, outer), carry.executed.at[index].set(computed))
 
         return jax.lax.fori_loop(lo, hi, body, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """cache.base.Stack of one evaluation."""
+
+    model: Any
+    attend: Attend
+    hidden: Any
+    context: Any
+
+    @property
+    def num_blocks(self) -> int:
+        return self.model.num_blocks
+
+    def run(self, hidden, lo, hi):
+        return self.model.run_blocks(hidden, self.context, self.attend, lo, hi)
+
+    def modulated_input(self):
+        return self.model.probe(self.hidden, self.context)
+
+    def time_embedding(self):
+        return self.model.time_embedding(self.context)
 
 
 def denoise(
     loop: DenoiseLoop,
     experts: list[Expert],
     tokens: Float[Array, "b s p"],
-    conditioning: Conditioning,
+    branches: Conditioning,
     schedule: Schedule,
     guidance_scale: Float[np.ndarray, " max_steps"],
     policy: CachePolicy,
@@ -146,11 +172,12 @@ def denoise(
 ) -> Iterator[Progress | DenoiseCarry]:
     """Drive the loop chunk by chunk; yields Progress after each, and at last the carry.
 
-    conditioning.text is [2 b l d], positive branch first. `chunk` fixes the steps a chunk; None keeps chunks near half a
-    second, so that progress and cancelling stay prompt whatever the model (bounds are traced: any length costs nothing).
+    branches: leaves [n ...], positive first, n = 2 with classifier-free guidance and 1 without. `chunk`
+    fixes the steps a chunk; None keeps chunks near half a second, so that progress and cancelling stay prompt whatever the
+    model (bounds are traced: any length costs nothing).
     """
     num_steps = int(schedule.num_steps)
-    carry = loop.start(experts[0].weights, tokens, conditioning, policy, sampler)
+    carry = loop.start(experts[0].weights, tokens, branches, policy, sampler)
     length = chunk or 1
     for expert in experts:
         lo = expert.first
@@ -160,13 +187,14 @@ def denoise(
             carry = loop.run(
                 expert.weights,
                 carry,
-                conditioning,
+                branches,
                 schedule,
                 guidance_scale,
                 policy,
                 sampler,
                 np.int32(lo),
                 np.int32(hi),
+                np.int32(expert.first),
             )
             carry.tokens.block_until_ready()
             if chunk is None and lo > 0:

@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho and Salimans, 2022): v = v_neg + scale * (v_pos - v_neg).
 
-A wrapper around one evaluation of the model, never a flag inside it. At scale 1 the negative branch is not run at all.
+A wrapper around one evaluation of the model, never a flag inside it. At scale 1 the negative branch is not run at all; models
+without guidance, or told their scale as an input, are handed one branch and pass through.
 """
 
 from collections.abc import Callable
@@ -10,65 +11,123 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from smartdiff_jax.config.model import SamplingDefaults
+from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.registry import Registry
 
 CacheState = Any
-Evaluate = Callable[[Array, Array, CacheState], tuple[Array, CacheState, Array]]
-"""(tokens [b s p], text [b l d], cache state) -> (velocity [b s p], cache state, were the blocks computed)."""
+Evaluate = Callable[[Array, Conditioning, CacheState], tuple[Array, CacheState, Array]]
+"""(tokens [b s p], one branch, cache state) -> (velocity [b s p], cache state, were the blocks computed)."""
+
+Combine = Callable[[Array, Array, Array], Array]
+"""(positive velocity, negative velocity, scale) -> velocity; the positive one exactly at scale 1."""
+
+
+def combine_plain(positive: Float[Array, "b s p"], negative: Float[Array, "b s p"], scale: Float[Array, ""]) -> Array:
+    """The formula above."""
+    return negative + scale * (positive - negative)
+
+
+def combine_keeping_token_norm(
+    positive: Float[Array, "b s p"], negative: Float[Array, "b s p"], scale: Float[Array, ""]
+) -> Array:
+    """Qwen-Image: every token is scaled back to the norm it has in the positive branch."""
+    guided = combine_plain(positive, negative, scale)
+    norm = jnp.linalg.norm(guided, axis=-1, keepdims=True)
+    return guided * jnp.where(norm > 0, jnp.linalg.norm(positive, axis=-1, keepdims=True) / norm, 1.0)
+
+
+def combine_capping_norm(cap: float) -> Combine:
+    """Z-Image: a sample's norm may exceed that of its positive branch by this factor."""
+
+    def combine(positive: Array, negative: Array, scale: Array) -> Array:
+        guided = combine_plain(positive, negative, scale)
+        norm, highest = (jnp.sqrt(jnp.sum(x * x, axis=(1, 2), keepdims=True)) for x in (guided, positive))
+        return guided * jnp.where(norm > cap * highest, cap * highest / norm, 1.0)
+
+    return combine
+
+
+def combine_for(sampling: SamplingDefaults) -> Combine:
+    """How this model's branches are put together."""
+    if sampling.guidance_norm == "per_token":
+        return combine_keeping_token_norm
+    return combine_plain if sampling.guidance_norm is None else combine_capping_norm(sampling.guidance_norm)
 
 
 @runtime_checkable
 class Guidance(Protocol):
-    """How the branches run. text is [2 b l d], positive first; state has a leading axis of `num_states`."""
+    """How the branches run. Leaves of `branches` are [n ...], positive first, n = 1 where there is no guidance.
 
-    num_states: int
+    The cache state has a leading axis of `num_states(n)`. Returns the guided velocity, the positive branch's, the state, and
+    for each branch whether its blocks were computed.
+    """
+
+    def num_states(self, num_branches: int) -> int: ...
 
     def __call__(
-        self, evaluate: Evaluate, tokens: Float[Array, "b s p"], text: Float[Array, "2 b l d"],
+        self, evaluate: Evaluate, combine: Combine, tokens: Float[Array, "b s p"], branches: Conditioning,
         scale: Float[Array, ""], state: CacheState,
-    ) -> tuple[Float[Array, "b s p"], CacheState, Bool[Array, ""]]: ...  # fmt: skip
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "b s p"], CacheState, Bool[Array, " n"]]: ...  # fmt: skip
 
 
 class Sequential:
     """One branch after the other through one copy of the model: half the activations, and one sample fills a GPU anyway."""
 
-    num_states = 2
+    def num_states(self, num_branches):
+        return num_branches
 
-    def __call__(self, evaluate, tokens, text, scale, state):
-        weights = jnp.stack([scale, 1.0 - scale])
+    def __call__(self, evaluate, combine, tokens, branches, scale, state):
+        num_branches = branches.text.shape[0]
 
         def branch(index, carry):
-            total, state, _ = carry
+            velocities, state, computed = carry
             own = jax.tree.map(lambda leaf: leaf[index], state)
-            velocity, own, computed = evaluate(tokens, text[index], own)
+            velocity, own, done = evaluate(tokens, jax.tree.map(lambda leaf: leaf[index], branches), own)
             state = jax.tree.map(lambda leaf, new: leaf.at[index].set(new), state, own)
-            return total + weights[index] * velocity, state, computed
+            return velocities.at[index].set(velocity), state, computed.at[index].set(done)
 
-        branches = jnp.where(scale == 1.0, 1, 2)
-        return jax.lax.fori_loop(0, branches, branch, (jnp.zeros_like(tokens), state, jnp.bool_(False)))
+        carry = jnp.zeros((num_branches, *tokens.shape), tokens.dtype), state, jnp.zeros(num_branches, bool)
+        if num_branches == 1:
+            velocities, state, computed = branch(0, carry)
+            return velocities[0], velocities[0], state, computed
+        run = jnp.where(scale == 1.0, 1, 2)
+        velocities, state, computed = jax.lax.fori_loop(0, run, branch, carry)
+        return _combined(combine, velocities[0], velocities[1], scale), velocities[0], state, computed
 
 
 class Batched:
-    """Both branches as one batch, for models too small to fill the device; a second copy of the model serves scale 1."""
+    """Both branches as one batch: for models too small to fill a device, and for meshes that give each branch its devices.
 
-    num_states = 1
+    The negative branch runs at scale 1 too, where its result is not used.
+    """
 
-    def __call__(self, evaluate, tokens, text, scale, state):
-        batch = tokens.shape[0]
+    def num_states(self, num_branches):
+        return 1
 
-        def both(state):
-            own = jax.tree.map(lambda leaf: leaf[0], state)
-            velocity, own, computed = evaluate(jnp.tile(tokens, (2, 1, 1)), text.reshape(2 * batch, *text.shape[2:]), own)
-            positive, negative = velocity[:batch], velocity[batch:]
-            return negative + scale * (positive - negative), jax.tree.map(lambda leaf: leaf[None], own), computed
+    def __call__(self, evaluate, combine, tokens, branches, scale, state):
+        num_branches, batch = branches.text.shape[0], tokens.shape[0]
+        own = jax.tree.map(lambda leaf: leaf[0], state)
+        velocity, own, done = evaluate(jnp.tile(tokens, (num_branches, 1, 1)), as_batch(branches, batch), own)
+        state, computed = jax.tree.map(lambda leaf: leaf[None], own), jnp.broadcast_to(done, num_branches)
+        if num_branches == 1:
+            return velocity, velocity, state, computed
+        return _combined(combine, velocity[:batch], velocity[batch:], scale), velocity[:batch], state, computed
 
-        def positive_only(state):
-            # The state is shaped for two branches; its first half serves, its second half stays as it was.
-            own = jax.tree.map(lambda leaf: leaf[0, :batch], state)
-            velocity, own, computed = evaluate(tokens, text[0], own)
-            return velocity, jax.tree.map(lambda leaf, new: leaf.at[0, :batch].set(new), state, own), computed
 
-        return jax.lax.cond(scale == 1.0, positive_only, both, state)
+def _combined(combine: Combine, positive: Array, negative: Array, scale: Array) -> Array:
+    """At scale 1 the positive branch to the bit, whatever the negative one holds."""
+    return jnp.where(scale == 1.0, positive, combine(positive, negative, scale))
+
+
+def as_batch(branches: Conditioning, batch: int) -> Conditioning:
+    """All branches as one: leaves [n b ...] or [n 1 ...] to [n * batch ...]."""
+
+    def merge(leaf):
+        wide = jnp.broadcast_to(leaf, (leaf.shape[0], batch, *leaf.shape[2:]))
+        return wide.reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(merge, branches)
 
 
 GUIDANCE: Registry[Guidance] = Registry("guidance", {"sequential": Sequential(), "batched": Batched()})

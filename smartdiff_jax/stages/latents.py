@@ -15,11 +15,12 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Float[Array, "b c f h w"]:
     return _normal(np.uint32(seed), shape)
 
 
-def check_latents(latents: object, shape: tuple[int, ...]) -> np.ndarray:
-    """Latents a caller brings, shaped [n, c, f, h, w] as the model's diffusers pipeline takes them, as float32."""
+def check_latents(latents: object, shape: tuple[int, ...], is_picture: bool) -> Float[np.ndarray, "n c f h w"]:
+    """Latents a caller brings, as float32: [n, c, f, h, w], of a picture model [n, c, h, w]; `shape` is (1, c, f, h, w)."""
     array = np.asarray(latents, dtype=np.float32)
-    if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
-        raise InvalidRequest("latents", array.shape, f"must be shaped (n, {', '.join(map(str, shape[1:]))}) for this size")
+    wanted = (shape[1], *shape[3:]) if is_picture else shape[1:]
+    if array.ndim != 1 + len(wanted) or array.shape[1:] != wanted or len(array) == 0:
+        raise InvalidRequest("latents", array.shape, f"must be shaped (n, {', '.join(map(str, wanted))}) for this size")
     if not np.isfinite(array).all():
         raise InvalidRequest("latents", "non-finite values", "pass finite numbers")
-    return array
+    return array[:, :, None] if is_picture else array

@@ -29,6 +29,7 @@ from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.text.umt5 import relative_position_buckets
 from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS
+from smartdiff_jax.sharding.context_parallel import LocalAttend
 from smartdiff_jax.training.loop import StageSettings
 from smartdiff_jax.training.pool import Pool
 from smartdiff_jax.training.state import Component, Optimizer, Params, TrainState
@@ -64,12 +65,7 @@ class DenoiserSettings(StageSettings):
 
 def attend_with(name: str) -> Attend:
     """A kernel by name, as a block calls it on one device."""
-    kernel = ATTENTION[name]
-
-    def attend(q, k, v, *, kv_length=None, scale=None):
-        return kernel(q, k, v, kv_length=kv_length, scale=scale)[0]
-
-    return attend
+    return LocalAttend(ATTENTION[name])
 
 
 def init(transformer: Component, text_encoder: Component, seed: int) -> Params:
@@ -121,7 +117,7 @@ def make_call(
 ) -> Callable[[TrainState, Any, Pool, Any], tuple[TrainState, Array]]:
     """The compiled call: (state, learning rate, pool, how many of its clips count) to the state after k steps and the loss."""
     optimizer, attend, batch = make_optimizer(settings), attend_with(settings.attention), settings.batch_size
-    cos, sin = (jnp.asarray(table) for table in rope)
+    tables = jnp.asarray(rope[0])[None], jnp.asarray(rope[1])[None]
 
     def loss(params: Params, data: Array, ids: Array, key: Array) -> Array:
         sigma_key, noise_key = jax.random.split(key)
@@ -131,7 +127,7 @@ def make_call(
         mixed = data + sigma[:, None, None] * (noise - data)
         text = text_states(text_encoder.module(part_of(params, TEXT_ENCODER)), ids)
         model = transformer.module(part_of(params, TRANSFORMER))
-        hidden, context = model.embed(mixed, sigma * NUM_TRAIN_TIMESTEPS, Conditioning(text, cos, sin))
+        hidden, context = model.embed(mixed, sigma * NUM_TRAIN_TIMESTEPS, Conditioning(text, tables))
 
         def run(hidden: Array, context: Any, block: int) -> Array:
             return model.run_blocks(hidden, context, attend, block, block + 1)

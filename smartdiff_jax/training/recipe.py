@@ -23,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from smartdiff_jax.errors import InvalidConfig
+from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.training import autoencoder, flow_matching
 from smartdiff_jax.training.autoencoder import Codec, Statistics, psnr
 from smartdiff_jax.training.card import model_card
@@ -135,10 +136,13 @@ class Run:
         return vae.z_dim, frames, video.height // vae.spatial_stride, video.width // vae.spatial_stride
 
     @property
-    def grid(self) -> tuple[int, ...]:
+    def grid(self) -> tuple[int, int, int]:
         """Tokens along (frames, rows, columns)."""
-        patch = self.transformer.config.patch_size
-        return tuple(size // p for size, p in zip(self.latent_shape[1:], patch, strict=True))
+        return self._patches.grid((1, *self.latent_shape))
+
+    @property
+    def _patches(self) -> Patches:
+        return self.recipe.served_by.patches(self.transformer.config)
 
     # Stages.
 
@@ -208,10 +212,9 @@ class Run:
         """Train transformer and text encoder; whether they are done."""
         recipe, settings, family = self.recipe, self.recipe.denoiser, self.recipe.served_by
         statistics, vae_params = self._statistics(), self._average("autoencoder")
-        rope = family.rope_table(self.grid, self.transformer.config.attention_head_dim)
+        rope, _ = family.rope(self.transformer.config, self.grid, 0, 0)
         compiled = flow_matching.make_call(self.transformer, self.text_encoder, settings, rope, recipe.seed)
-        patch = self.transformer.config.patch_size
-        packed = jax.jit(lambda latents: family.pack(latents, patch))
+        packed = jax.jit(self._patches.pack)
         batch = recipe.autoencoder.batch_size
         prompts = scoring_prompts(self.captioner, recipe.scoring.prompts)
 
@@ -228,7 +231,7 @@ class Run:
                 self.captioner, self.tokenizer, recipe.video.num_frames, settings.part_calls, batch,
                 settings.variants, seed=(recipe.seed, 2, int(state.step)),
             )  # fmt: skip
-            tokens = int(np.prod(self.grid)), self.latent_shape[0] * int(np.prod(patch))
+            tokens = int(np.prod(self.grid)), self.latent_shape[0] * int(np.prod(self._patches.size))
             pool = Pool.empty(settings.pool_size, tokens, settings.variants, recipe.text.max_length)
             with Prefetch(make) as parts:
                 filler = Filler(pool, encode_scenes, parts, settings.fill_share, settings.refresh_share)

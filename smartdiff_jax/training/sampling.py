@@ -14,7 +14,7 @@ from smartdiff_jax.models.families import Family
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import MAX_STEPS, SAMPLERS
 from smartdiff_jax.stages.denoise import DenoiseLoop
-from smartdiff_jax.stages.guidance import GUIDANCE
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain
 from smartdiff_jax.training.flow_matching import TEXT_ENCODER, TRANSFORMER, attend_with, part_of, text_states
 from smartdiff_jax.training.state import Component, Params
 
@@ -32,18 +32,18 @@ class Generator:
         latent_shape: tuple[int, int, int, int],
         attention: str,
     ):
-        patch = transformer.config.patch_size
-        grid = tuple(size // p for size, p in zip(latent_shape[1:], patch, strict=True))
-        cos, sin = family.rope_table(grid, transformer.config.attention_head_dim)
-        self._rope = jnp.asarray(cos), jnp.asarray(sin)
+        patches = family.patches(transformer.config)
+        grid = patches.grid((1, *latent_shape))
+        rope, _ = family.rope(transformer.config, grid, 0, 0)
+        self._rope = tuple(jnp.broadcast_to(table, (2, 1, *table.shape)) for table in rope)
         attend, device = attend_with(attention), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self._loop = DenoiseLoop(transformer.graphdef, attend, GUIDANCE["sequential"], transformer.dtype, device)
+        self._loop = DenoiseLoop(transformer.graphdef, attend, GUIDANCE["sequential"], combine_plain, transformer.dtype, device)
         self._encode = jax.jit(lambda params, ids: text_states(text_encoder.module(params), ids))
         self._weights = jax.jit(transformer.weights)
-        self._unpack = jax.jit(lambda tokens: family.unpack(tokens, grid, patch))
+        self._unpack = jax.jit(lambda tokens: patches.unpack(tokens, grid))
 
         def noise(seed: Array, n: int) -> Array:
-            return family.pack(jax.random.normal(jax.random.key(seed), (n, *latent_shape)), patch)
+            return patches.pack(jax.random.normal(jax.random.key(seed), (n, *latent_shape)))
 
         self._noise = jax.jit(noise, static_argnums=1)
 
@@ -61,13 +61,14 @@ class Generator:
         """ids: of the prompts; empty: of the empty prompt, for guidance. params: of transformer and text encoder."""
         n = len(ids)
         states = self._encode(part_of(params, TEXT_ENCODER), np.concatenate([ids, np.repeat(empty, n, axis=0)]))
-        conditioning = Conditioning(states.reshape(2, n, *states.shape[1:]), *self._rope)
+        conditioning = Conditioning(states.reshape(2, n, *states.shape[1:]), self._rope)
         solver, policy = SAMPLERS[sampler], POLICIES["none"]()
         weights = self._weights(part_of(params, TRANSFORMER))
         carry = self._loop.start(weights, self._noise(np.uint32(seed), n), conditioning, policy, solver)
         schedule = solver.schedule(num_steps, shift)
         scale = np.full(MAX_STEPS, guidance_scale, np.float32)
-        carry = self._loop.run(weights, carry, conditioning, schedule, scale, policy, solver, np.int32(0), np.int32(num_steps))
+        lo, hi = np.int32(0), np.int32(num_steps)
+        carry = self._loop.run(weights, carry, conditioning, schedule, scale, policy, solver, lo, hi, lo)
         return self._unpack(carry.tokens)
 
 

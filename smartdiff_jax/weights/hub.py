@@ -40,3 +40,8 @@ def fetch(repo_id: str, cache_dir: str | Path | None = None) -> Path:
             f"path of a folder downloaded elsewhere"
         ) from error
     return folder
+
+
+def is_fetched(repo_id: str, cache_dir: str | Path) -> bool:
+    """Whether `fetch` has begun to download the repository into `cache_dir`: its index is there."""
+    return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, INDEX, cache_dir=cache_dir), str)

@@ -2,9 +2,29 @@
 
 import pytest
 import tiny
+from jax import monitoring
 
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.pipeline import Pipeline
+
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Executables that JAX itself says it compiled."""
+
+    def __init__(self):
+        self.count = 0
+        monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event, duration, **kwargs):
+        self.count += event == COMPILE_EVENT
+
+
+@pytest.fixture(scope="session")
+def compiles():
+    return CompileCounter()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.wan import ARCHITECTURE, KEY_RULES, WanConfig, WanTransformer, rope_table
+from smartdiff_jax.models.wan import ARCHITECTURE, KEY_RULES, WanConfig, WanTransformer, rope
 from smartdiff_jax.sharding.context_parallel import LocalAttend
 
 GOLDENS = ("wan_norm", "wan_no_norm")
@@ -30,7 +30,7 @@ attend = LocalAttend(xla_attention)
 
 
 def rope_of(grid, config):
-    return tuple(jnp.asarray(table)[None] for table in rope_table(grid, config.attention_head_dim))
+    return tuple(jnp.asarray(table)[None] for table in rope(config, grid)[0])
 
 
 def inputs(arrays, case, config):
@@ -204,7 +204,7 @@ def test_time_modulation_and_norms_are_float32_in_a_bfloat16_run(model):
 
 
 def test_rope_table_of_the_real_head_splits_44_42_42():
-    cos, sin = rope_table((2, 3, 4), 128)
+    cos, sin = rope(WanConfig(), (2, 3, 4))[0]
     assert cos.shape == sin.shape == (24, 64) and cos.dtype == np.float32
     angle = np.float64(2 * 10_000 ** (-2 / 42))  # token (1, 2, 3): second pair of the row axis
     np.testing.assert_allclose(cos[12 + 2 * 4 + 3, 22 + 1], np.cos(angle), rtol=1e-6)
