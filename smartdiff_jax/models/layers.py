@@ -135,6 +135,30 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+ATTENTION_ROWS = 1024
+"""Queries that `wide_attention` takes at once."""
+
+
+def wide_attention(q: Float[Array, "b s d"], k: Float[Array, "b t d"], v: Float[Array, "b t d"]) -> Float[Array, "b s d"]:
+    """Softmax attention of one head that is too wide for a fused kernel, as autoencoders have it; scaled by 1/sqrt(d).
+
+    Of the float32 scores [b, s, t] only the rows of ATTENTION_ROWS queries exist at a time, also in the backward pass.
+    """
+
+    def attend(q: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
+        scores = jnp.einsum("brd,btd->brt", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores / q.shape[-1] ** 0.5, axis=-1).astype(v.dtype)
+        return jnp.einsum("brt,btd->brd", weights, v)
+
+    b, s, d = q.shape
+    if s <= ATTENTION_ROWS:
+        return attend(q)
+    padded = jnp.pad(q, ((0, 0), (0, -s % ATTENTION_ROWS), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(b, -1, ATTENTION_ROWS, d), 1, 0)
+    out = jax.lax.map(jax.checkpoint(attend), blocks)
+    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :s]
+
+
 def stack_blocks(make_block: Callable[[nnx.Rngs], Block], num_blocks: int, rngs: nnx.Rngs) -> Block:
     """One module whose every parameter has a leading [num_blocks] axis, each block drawn on its own."""
     return nnx.split_rngs(splits=num_blocks)(nnx.vmap(make_block))(rngs)

@@ -5,7 +5,6 @@ Upstream walks over the latent frames in Python and remembers the last frames of
 one `lax.scan` with that list as its carry, and a short clip can be run whole. Both are the same function.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.models.family import Architecture, KeyRule
+from smartdiff_jax.models.layers import wide_attention
 from smartdiff_jax.models.vae.causal_conv import CausalConv3d, Conv2d, Memory, RMSNorm, WholeClip, run_chunks
 
 RESIDUAL_GAIN = 0.1  # of what a fresh residual branch adds: a deep stack starts close to the identity
@@ -93,6 +93,13 @@ class WanVAEConfig(BaseModel):
         return 2 ** (len(self.dim_mult) - 1)
 
 
+class Still(WholeClip):
+    """The memory of a clip of one frame: before it are only zeros, so kernels are cut to fit it, and nothing is added."""
+
+    def extend(self, x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t h w c"]:
+        return x
+
+
 class ResidualBlock(nnx.Module):
     """Two causal convolutions, each behind norm and SiLU, beside a shortcut."""
 
@@ -134,9 +141,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         b, t, h, w, c = x.shape
         q, k, v = jnp.split(self.to_qkv(self.norm(x, silu=False)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
-        scores = jnp.einsum("nqc,nkc->nqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(c), axis=-1).astype(x.dtype)
-        return x + self.proj(jnp.einsum("nqk,nkc->nqc", weights, v)).reshape(x.shape)
+        return x + self.proj(wide_attention(q, k, v)).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
@@ -266,7 +271,11 @@ class WanVAE(nnx.Module):
         x = jnp.moveaxis(self.denormalize(latents), 1, -1)
         x = self.post_quant_conv(x.astype(self.post_quant_conv.kernel.dtype))
         frames, stride = x.shape[1], self.config.temporal_stride
-        if chunk is None or frames <= chunk:
+        if frames == 1:
+            pixels = self._for_still()._decode(x, Still())
+        elif stride == 0:
+            raise InvalidRequest("frames", frames, "give 1: this autoencoder is one for pictures")
+        elif chunk is None or frames <= chunk:
             pixels = self._decode(x, WholeClip())
         else:
             pixels = run_chunks(self._decode, _pad_frames(x, 0, -frames % chunk), chunk, chunk)
@@ -280,12 +289,15 @@ class WanVAE(nnx.Module):
         of the posterior, not normalised. Raises InvalidRequest if the sizes do not fit."""
         _, count, height, width, _ = pixels.shape
         stride, side = self.config.temporal_stride, self.config.spatial_stride
-        if count % stride != 1 % stride or count == 0:
-            raise InvalidRequest("frames", count, f"give 1 + k * {stride} frames")
+        if count != 1 and (stride == 0 or count == 0 or (count - 1) % stride):
+            remedy = f"give 1 + k * {stride} frames" if stride else "give 1: this autoencoder is one for pictures"
+            raise InvalidRequest("frames", count, remedy)
         if height % side or width % side:
             raise InvalidRequest("size", f"{width}x{height}", f"give sides divisible by {side}")
-        x, frames = pixels.astype(self.quant_conv.kernel.dtype), 1 + (count - 1) // stride
-        if chunk is None or frames <= chunk:
+        x, frames = pixels.astype(self.quant_conv.kernel.dtype), 1 if count == 1 else 1 + (count - 1) // stride
+        if frames == 1:
+            x = self._for_still().encoder(x, Still())
+        elif chunk is None or frames <= chunk:
             x = self.encoder(x, WholeClip())
         else:
             x = _pad_frames(x, stride - 1, (-frames % chunk) * stride)
@@ -296,6 +308,11 @@ class WanVAE(nnx.Module):
     def _decode(self, x: Float[Array, "b t h w c"], memory: Memory) -> Float[Array, "b t2 h2 w2 rgb"]:
         pixels = self.decoder(x, memory)
         return jnp.clip(pixels, -1.0, 1.0) if self.config.clip_output else pixels
+
+    def _for_still(self) -> "WanVAE":
+        """This model with the kernels that a `Still` needs: of their taps in time the last, a third of the arithmetic."""
+        graphdef, state = nnx.split(self)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:, :, -1:] if leaf.ndim == 5 else leaf, state))
 
     def _statistics(self) -> tuple[Float[Array, "c 1 1 1"], Float[Array, "c 1 1 1"]]:
         mean, std = (jnp.asarray(n, jnp.float32) for n in (self.config.latents_mean, self.config.latents_std))
