@@ -80,13 +80,18 @@ def main(families: list[str]) -> None:
             pipe.set_progress_bar_config(disable=True)
             for number, case in enumerate(tiny_images.CASES[family]):
                 latents = torch.from_numpy(tiny_images.noise(case["size"]))
-                for output in ("latent", "np"):
-                    result = pipe(**call_of(family, case, latents), output_type=output).images
-                    if output == "np":
-                        arrays[f"{number}/pixels"] = np.round(result * 65535).astype(np.uint16)
-                    else:
-                        width, height = case["size"]
-                        arrays[f"{number}/latents"] = (result if result.ndim == 4 else unpacked(result, height, width)).numpy()
+                steps = []
+
+                def keep(pipe, index, timestep, tensors, steps=steps):
+                    # Not output_type="latent": FLUX.2 hands those back de-normalised.
+                    steps.append(tensors["latents"])
+                    return tensors
+
+                pixels = pipe(**call_of(family, case, latents), output_type="np", callback_on_step_end=keep).images
+                arrays[f"{number}/pixels"] = np.round(pixels * 65535).astype(np.uint16)
+                width, height = case["size"]
+                last = steps[-1] if steps[-1].ndim == 4 else unpacked(steps[-1], height, width)
+                arrays[f"{number}/latents"] = last.numpy()
         np.savez_compressed(HERE / f"image_pipeline_{family}.npz", **arrays)
         print(family, {key: (value.shape, float(value.std())) for key, value in arrays.items()})
 
