@@ -1,0 +1,61 @@
+"""Ring attention (arXiv 2310.01889): queries stay, keys and values go round, and the parts are merged by log-sum-exp.
+
+Runs inside shard_map, on what one device holds.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from smartdiff_jax.kernels.base import AttentionFn
+from smartdiff_jax.sharding.chunks import Chunks
+
+
+def ring_attention(
+    kernel: AttentionFn,
+    q: Float[Array, "b s h d"],
+    kv: Float[Array, "2 b t h d"],
+    axis: str,
+    chunks: Chunks,
+) -> Float[Array, "b s h d"]:
+    """Attention of `q` to the chunks of all devices along `axis`; `kv` is this device's, keys and values packed.
+
+    chunks: how many keys count in each, which are its first. At least one key in all chunks must count.
+
+    A Python loop and not a scan, which would permute once more than needed and copy K and V every turn. Keys and values
+    travel in one permute, issued before the attention it can hide behind.
+    """
+    size, own = lax.axis_size(axis), lax.axis_index(axis)
+    onward = [(device, (device + 1) % size) for device in range(size)]
+    merged = None
+    for turn in range(size):
+        following = lax.ppermute(kv, axis, onward) if turn + 1 < size else kv
+        length = None if chunks.all_count else chunks.lengths((own - turn) % size, q.shape[0])
+        part = _attend(kernel, q, kv, length)
+        merged = part if merged is None else merge(*merged, *part)
+        kv = following
+    assert merged is not None, "an axis has at least one device"
+    return merged[0].astype(q.dtype)
+
+
+def _attend(kernel: AttentionFn, q: Array, kv: Array, length: Array | None) -> tuple[Array, Array]:
+    """Attention to one chunk, in float32, with its log-sum-exp: -inf where the chunk has no key that counts."""
+    # No kernel is asked about zero keys: the first one, padding there, is attended to and weighs nothing in the merge.
+    out, lse = kernel(q, kv[0], kv[1], kv_length=None if length is None else jnp.maximum(length, 1), with_lse=True)
+    assert lse is not None, "a kernel that has no log-sum-exp raises Unsupported"
+    if length is not None:
+        lse = jnp.where(length[:, None, None] > 0, lse, -jnp.inf)
+    return out.astype(jnp.float32), lse
+
+
+def merge(
+    out: Float[Array, "b s h d"],
+    lse: Float[Array, "b h s"],
+    other_out: Float[Array, "b s h d"],
+    other_lse: Float[Array, "b h s"],
+) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"]]:
+    """Attention to two sets of keys as attention to both, with its log-sum-exp; float32. -inf is the empty set."""
+    weight = jnp.where(jnp.isneginf(other_lse), 0.0, jax.nn.sigmoid(other_lse - lse))
+    out = out + jnp.swapaxes(weight, 1, 2)[..., None] * (other_out - out)
+    return out, jnp.logaddexp(lse, other_lse)
