@@ -34,6 +34,7 @@ from smartdiff_jax.models.family import Conditioning  # noqa: E402
 from smartdiff_jax.samplers import SAMPLERS  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS  # noqa: E402
 from smartdiff_jax.sharding.context_parallel import wrap  # noqa: E402
+from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh, replicated  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain  # noqa: E402
@@ -61,7 +62,7 @@ class Bench:
         self.device_s = time.perf_counter() - STARTED - self.imported_s
         mesh = make_mesh(MeshConfig())
         dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-        self.weights_dtype, self.placement = dtype, replicated(mesh)
+        self.weights_dtype, self.layout = dtype, Layout(mesh)
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: wan.ARCHITECTURE.build(self.config, nnx.Rngs(0))))
         self.weights = random_state(wan.ARCHITECTURE, self.config, dtype, 0, lambda path, shape: replicated(mesh))
         jax.block_until_ready(self.weights)
@@ -86,17 +87,18 @@ class Bench:
 
     def first_steps(self, count: int = 1) -> dict[str, float]:
         """Seconds to compile the loop and run its first chunk, and to run `count` steps afterwards."""
-        guide = GUIDANCE["sequential"]
-        loop = DenoiseLoop(self.graphdef, self.attend, guide, combine_plain, self.weights_dtype, self.placement)
+        guide = GUIDANCE["sequential"](self.layout.as_branches)
+        loop = DenoiseLoop(self.graphdef, self.attend, guide, combine_plain, self.weights_dtype, self.layout)
         sampler, policy = SAMPLERS["flow_unipc"], POLICIES["none"]()
         schedule = sampler.schedule(50, 8.0)
         guidance = np.full(MAX_STEPS, 6.0, np.float32)
         began = time.perf_counter()
-        carry = loop.start(self.weights, self.tokens, self.branches, policy, sampler)
+        start, step = loop.functions(self.weights, self.tokens, self.branches, policy, sampler)
+        carry = start(self.weights, self.tokens, self.branches, policy, sampler)
 
         def run(carry, lo, hi):
             bounds = np.int32(lo), np.int32(hi), np.int32(0)
-            carry = loop.run(self.weights, carry, self.branches, schedule, guidance, policy, sampler, *bounds)
+            carry = step(self.weights, carry, self.branches, schedule, guidance, policy, sampler, *bounds)
             return jax.block_until_ready(carry)
 
         carry = run(carry, 0, 0)

@@ -14,7 +14,8 @@ class MeshConfig(BaseModel):
     """How many devices along each axis of the mesh; the product is the number of devices used.
 
     data: several outputs at once. cfg: the branches of guidance. ring, ulysses: the token sequence. tensor: heads and
-    feed-forward columns.
+    feed-forward columns. fsdp: the denoiser's weights are split over ring and ulysses, and a layer gathers its own when
+    its turn comes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,6 +25,7 @@ class MeshConfig(BaseModel):
     ring: int = Field(default=1, ge=1)
     ulysses: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
+    fsdp: bool = False
 
     @property
     def num_devices(self) -> int:

@@ -9,20 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, bundled_folder, known_models
 from smartdiff_jax.config.shift import LinearShift
-from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.config.system import MeshConfig, SystemConfig
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
 from smartdiff_jax.models.families import FAMILIES, Family, family_of_pipeline
 from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.sharding.mesh import make_mesh, replicated
+from smartdiff_jax.sharding.mesh import make_mesh
+from smartdiff_jax.sharding.weights import ShardingFor, weight_sharding
 from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
 from smartdiff_jax.weights.hub import fetch
@@ -108,7 +109,8 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         component = folder.require(name)
         _check_numbers(spec, name, component.config)
         configs[name] = read_config(architecture, component)
-        components[name] = _load_component(architecture, configs[name], component, dtype, mesh, store)
+        place = _placement(name, mesh, system.mesh)
+        components[name] = _load_component(architecture, configs[name], component, dtype, place, store)
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(
             f"{folder.path} holds {'two experts' if 'transformer_2' in components else 'one expert'}, but its "
@@ -145,13 +147,10 @@ def read_config(architecture: Architecture, component: Component) -> Any:
 
 
 def _load_component(
-    architecture: Architecture, config: Any, component: Component, dtype: Any, mesh: Mesh, store: WeightStore | None
-) -> tuple[Any, Any]:
+    architecture: Architecture, config: Any, component: Component, dtype: Any, sharding_for: ShardingFor,
+    store: WeightStore | None,
+) -> tuple[Any, Any]:  # fmt: skip
     """(graphdef, weights): from the store of converted weights where they are, else from the checkpoint's files."""
-    sharding = replicated(mesh)
-
-    def sharding_for(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        return sharding
 
     def convert() -> Any:
         return load(architecture, config, component.tensors(), dtype, sharding_for, where=component.path)
@@ -160,6 +159,16 @@ def _load_component(
     if store is None:
         return graphdef, convert()
     return graphdef, store.get_or_convert(store_key(architecture, config, component.files, dtype), target, convert)
+
+
+def _placement(component: str, mesh: Mesh, config: MeshConfig) -> ShardingFor:
+    """Denoisers as the mesh file says; text encoders over every device of one output, since they have nothing else to
+    split; the VAE whole, since its picture is split."""
+    if component.startswith("transformer"):
+        return weight_sharding(mesh, fsdp=config.fsdp)
+    if component.startswith("text_encoder"):
+        return weight_sharding(mesh, tensor=("ring", "ulysses", "tensor", "cfg"))
+    return weight_sharding(mesh, tensor=())
 
 
 def resolve_dtype(name: str) -> Any:

@@ -8,6 +8,7 @@ A call is the life of one request: resolve -> text -> noise -> denoise in chunks
 """
 
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -32,7 +33,8 @@ from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import wrap
-from smartdiff_jax.sharding.mesh import describe, replicated
+from smartdiff_jax.sharding.layout import Layout
+from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.decode import Decode
 from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, denoise, split_experts
@@ -63,7 +65,8 @@ class Pipeline:
         self.spec: ModelSpec = model.spec
         self.system = system
         self._model = model
-        attend = wrap(ATTENTION[system.attention], model.mesh)
+        layout = Layout(model.mesh)
+        attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes)
         self._text = TextEncode(
             [
                 PromptEncoder(
@@ -76,12 +79,15 @@ class Pipeline:
             ],
             model.dtype,
         )
-        everywhere = replicated(model.mesh)
+        self._layout = layout
+        guidance = GUIDANCE["batched" if system.mesh.cfg > 1 else system.guidance](layout.as_branches)
         combine = combine_for(model.spec.sampling)
-        self._loop = DenoiseLoop(model.denoiser_graph, attend, GUIDANCE[system.guidance], combine, model.dtype, everywhere)
-        self._decode = Decode(*model.vae, dtype=model.dtype)
-        self._pack = jax.jit(model.patches.pack)
-        self._unpack = jax.jit(model.patches.unpack, static_argnames="grid")
+        self._loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, model.dtype, layout)
+        self._decode = Decode(*model.vae, dtype=model.dtype, layout=layout)
+        self._pack = jax.jit(lambda noise: layout.pad_tokens(model.patches.pack(noise)), out_shardings=layout.tokens)
+        self._unpack = jax.jit(
+            lambda tokens, grid: model.patches.unpack(tokens[:, : math.prod(grid)], grid), static_argnames="grid"
+        )
 
     @classmethod
     def from_pretrained(
@@ -180,22 +186,27 @@ class Pipeline:
         scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
 
         results, frames, steps = [], [], []
-        batches = split_outputs(num_outputs, self._model.count_tokens(params.width, params.height, params.num_frames))
+        num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
+        batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
+        padded = num_tokens if self._layout.padding(num_tokens) else None
         total = params.num_inference_steps * len(batches)
         for number, batch in enumerate(batches):
-            tokens = self._pack(self._noise(params.seed, shape, batch) if noise is None else noise[batch.start : batch.stop])
+            # Every device of the data axis gets as many outputs: the last is made again where they do not divide.
+            indices = [min(index, num_outputs - 1) for index in batch]
+            tokens = self._pack(self._noise(params.seed, shape, indices) if noise is None else noise[indices])
             policy = POLICIES[params.cache]()
-            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler):
+            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded):
                 if isinstance(event, Progress):
                     yield Progress("denoise", number * params.num_inference_steps + event.done, total)
                 else:
                     result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
-                    steps += [_executed(event, schedule)] * len(batch)
+                    wanted = range(batch.start, min(batch.stop, num_outputs))
+                    steps += [_executed(event, schedule)] * len(wanted)
             clock.lap("denoise", result)
-            results.append(np.asarray(result))
-            for index in batch if output_type != "latent" else ():
+            results.append(np.asarray(result)[: len(wanted)])
+            for index in wanted if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
-                one = result[index - batch.start : index - batch.start + 1]
+                one = results[-1][index - batch.start : index - batch.start + 1]
                 frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
@@ -239,26 +250,25 @@ class Pipeline:
         embedded = self.spec.sampling.guidance == "embedded"
         told = {
             "text": encoded.text,
-            "rope": rope,
             "text_rope": text_rope,
             "text_length": encoded.text_length,
             "pooled": encoded.pooled,
             "guidance": np.full((count, 1), params.guidance_scale, np.float32) if embedded else None,
         }
-        return Conditioning(**jax.device_put(told, replicated(self._model.mesh)))
+        return Conditioning(rope=self._layout.place_rope(rope), **jax.device_put(told, self._layout.replicated))
 
-    def _noise(self, seed: int, shape: tuple[int, ...], batch: range) -> jax.Array:
+    def _noise(self, seed: int, shape: tuple[int, ...], indices: list[int]) -> jax.Array:
         """Output i of several is the picture of seed + i alone."""
-        return jnp.concatenate([draw_noise((seed + index) % (MAX_SEED + 1), shape) for index in batch])
+        return jnp.concatenate([draw_noise((seed + index) % (MAX_SEED + 1), shape) for index in indices])
 
 
-def split_outputs(num_outputs: int, tokens: int) -> list[range]:
-    """Outputs that go through the loop together: as many as MAX_BATCH_TOKENS hold, in powers of two, so that few sizes of
-    batch are ever compiled."""
+def split_outputs(num_outputs: int, tokens: int, data: int = 1) -> list[range]:
+    """Outputs that go through the loop together: as many a device of the data axis as MAX_BATCH_TOKENS hold, in powers of
+    two, so that few sizes of batch are ever compiled. The last batch may reach beyond the outputs to fill the axis."""
     batches, first = [], 0
     while first < num_outputs:
-        most = max(1, min(num_outputs - first, MAX_BATCH_TOKENS // tokens))
-        size = 2 ** (most.bit_length() - 1)
+        most = max(1, min((num_outputs - first) // data, MAX_BATCH_TOKENS // tokens))
+        size = data * 2 ** (most.bit_length() - 1)
         batches.append(range(first, first + size))
         first += size
     return batches

@@ -32,7 +32,8 @@ class Conditioning:
 
     text: states of the text encoder [b, l, d], padded to l.
     rope: cosines and sines of the tokens' positions, float32 [b, s, head_dim / 2] each.
-    text_rope: the same of the text's positions [b, l, head_dim / 2], for models whose text has positions.
+    text_rope: the same of the text's positions [b, m, head_dim / 2], for models whose text has positions; m is l, and what a
+        model puts in front of its text.
     text_length: int32 [b], how many text states count (None: all l, as Wan has it, whose padding is attended to).
     pooled: one vector for the whole prompt [b, e], for models with a pooled encoder.
     guidance: guidance scale [b], for models that were distilled to be told it.
@@ -40,7 +41,7 @@ class Conditioning:
 
     text: Float[Array, "*branches b l d"]
     rope: Rope
-    text_rope: tuple[Float[Array, "*branches e l r"], Float[Array, "*branches e l r"]] | None = None
+    text_rope: tuple[Float[Array, "*branches e m r"], Float[Array, "*branches e m r"]] | None = None
     text_length: Int[Array, "*branches b"] | None = None
     pooled: Float[Array, "*branches b e"] | None = None
     guidance: Float[Array, "*branches b"] | None = None

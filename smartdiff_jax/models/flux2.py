@@ -127,19 +127,6 @@ def rope(config: Flux2Config, grid: tuple[int, int, int], num_text: int, text_le
     return axial_rope_table((*grid, 1), axes, theta), axial_rope_table((1, 1, 1, num_text), axes, theta)
 
 
-def empirical_mu(num_tokens: int, num_steps: int) -> float:
-    """Logarithm of the shift of FLUX.2's noise schedule, for pictures of num_tokens tokens drawn in num_steps steps.
-
-    A line in the number of tokens was fitted for 10 steps and another for 200; in between and beyond, mu is linear in the
-    number of steps. Above 4300 tokens it is the second line whatever the steps. From diffusers' `compute_empirical_mu`.
-    """
-    at_200 = 0.00016927 * num_tokens + 0.45666666
-    if num_tokens > 4300:
-        return at_200
-    at_10 = 8.73809524e-05 * num_tokens + 1.89833333
-    return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Flux2Context:

@@ -121,12 +121,14 @@ def rope(config: ZImageConfig, grid: tuple[int, int, int], num_text: int, text_l
     """Rotary tables of a grid of (frames, rows, columns) tokens and of num_text text states: float32 [n, head_dim / 2] each.
 
     Text goes along the first axis from 1 on; the frames go on behind the text_length states that are a caption, rounded up
-    to a multiple of 32, so that a picture's table depends on how long its caption is.
+    to a multiple of 32, so that a picture's table depends on how long its caption is. In front of the text's table are the
+    rows, at position zero, of what fills the picture up to a multiple of 32 tokens.
     """
     start = _round_up(text_length) + 1
     axes = (start + np.arange(grid[0]), np.arange(grid[1]), np.arange(grid[2]))
     tokens = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    text = np.stack(np.meshgrid(1 + np.arange(num_text), [0], [0], indexing="ij"), axis=-1).reshape(-1, 3)
+    text = np.zeros((-len(tokens) % MULTIPLE + num_text, 3), np.int64)
+    text[-num_text:, 0] = 1 + np.arange(num_text)
     return _table(config, tokens), _table(config, text)
 
 
@@ -144,17 +146,13 @@ def _round_up(length: Any) -> Any:
     return (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
 
 
-def _num_filling(num_tokens: int) -> int:
-    """Rows at the front of the text stream that fill the picture up."""
-    return -num_tokens % MULTIPLE
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ZImageContext:
     """What all blocks share.
 
     time: the embedded timestep, float32. text_rope: of the whole text stream, the picture's filling included.
+    filling: rows at the front of the text stream that fill the picture up.
     caption_length: how many states behind the picture's filling count, a multiple of 32; None if all do.
     """
 
@@ -162,6 +160,7 @@ class ZImageContext:
     rope: Rope
     text_rope: StreamRope
     caption_length: Int[Array, " b"] | None
+    filling: int = dataclasses.field(metadata={"static": True})
 
 
 class ZImageModulation(NamedTuple):
@@ -258,7 +257,7 @@ class ZImageRefiner(nnx.Module):
 
     def __call__(self, hidden: Streams, context: ZImageContext, attend: Attend) -> Streams:
         tokens, text = hidden
-        size = _num_filling(tokens.shape[1])
+        size = context.filling
         filling, caption = text[:, :size], text[:, size:]
         cos, sin = context.text_rope
 
@@ -282,8 +281,8 @@ class ZImageTransformer(nnx.Module):
     """A `Denoiser`: packed latents, timestep (0 to 1000) and text states to the velocity of the packed latents.
 
     Blocks are counted through: config.n_refiner_layers refiners, of picture and caption at once, then config.n_layers
-    single-stream blocks. The padded length of the text is a multiple of 32. The token axis holds the picture's own tokens
-    and no padding for a mesh, which attention adds itself: from their number follows how much filling the picture has.
+    single-stream blocks. The padded length of the text is a multiple of 32. How much filling the picture has is told by the
+    text's rotary table, which has its rows in front: the token axis may be padded for a mesh.
     """
 
     def __init__(self, config: ZImageConfig, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -312,7 +311,7 @@ class ZImageTransformer(nnx.Module):
     ) -> tuple[Streams, ZImageContext]:
         """Tokens and text to their residual streams, in the kernels' dtype, and the context of all blocks."""
         text_rope, length = conditioning.text_rope, conditioning.text_length
-        (batch, num_tokens), num_text = tokens.shape[:2], conditioning.text.shape[1]
+        batch, num_text = tokens.shape[0], conditioning.text.shape[1]
         assert text_rope is not None, "the text of Z-Image has positions: see rope()"
         assert num_text % MULTIPLE == 0, f"the text of Z-Image is padded to a multiple of {MULTIPLE}, not to {num_text}"
 
@@ -327,21 +326,21 @@ class ZImageTransformer(nnx.Module):
             text = jnp.where(counts[:, :, None], text, self.text_filling[...].astype(text.dtype))
             length = jnp.broadcast_to(_round_up(length), (batch,))
         text = jnp.broadcast_to(text, (batch, num_text, text.shape[-1]))
-        filling = jnp.broadcast_to(
-            self.image_filling[...].astype(text.dtype), (batch, _num_filling(num_tokens), text.shape[-1])
-        )
+        size = text_rope[0].shape[1] - num_text
+        filling = jnp.broadcast_to(self.image_filling[...].astype(text.dtype), (batch, size, text.shape[-1]))
         context = ZImageContext(
             time=time,
             rope=conditioning.rope,
-            text_rope=_behind_origin(text_rope, filling.shape[1]),
+            text_rope=text_rope,
             caption_length=length,
+            filling=size,
         )
         return (self.patch_embedding(tokens), jnp.concatenate([filling, text], axis=1)), context
 
     def run_blocks(self, hidden: Streams, context: ZImageContext, attend: Attend, lo: int, hi: int) -> Streams:
         """Blocks lo to hi - 1: a scan over the refiners among them, then one over the single-stream blocks."""
         first = self.num_refiners
-        length = None if context.caption_length is None else context.caption_length + _num_filling(hidden[0].shape[1])
+        length = None if context.caption_length is None else context.caption_length + context.filling
 
         def single_stream(block: ZImageBlock, hidden: Streams) -> Streams:
             attention = partial(attend.joint_attention, text_length=length)
@@ -370,13 +369,6 @@ class ZImageTransformer(nnx.Module):
     def time_embedding(self, context: ZImageContext) -> Float[Array, "b 1 t"]:
         """The embedded timestep, which every block projects itself."""
         return context.time[:, None]
-
-
-def _behind_origin(rope: StreamRope, rows: int) -> StreamRope:
-    """`rope` behind that many rows of position (0, 0, 0), where nothing turns."""
-    cos, sin = rope
-    front = ((0, 0), (rows, 0), (0, 0))
-    return jnp.pad(cos, front, constant_values=1), jnp.pad(sin, front)
 
 
 def _linear_rules(key: str, path: str, *, keep_float32: bool = False) -> tuple[KeyRule, KeyRule]:

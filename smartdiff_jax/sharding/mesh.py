@@ -15,12 +15,6 @@ AXES = ("data", "cfg", "ring", "ulysses", "tensor")
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh of the first `config.num_devices` devices, all axes automatic (kernels are wrapped in shard_map)."""
     devices = jax.devices() if devices is None else devices
-    for axis in AXES:
-        # Refused rather than run unsplit: a mesh that silently does the same work on every device wastes them all.
-        if getattr(config, axis) > 1:
-            raise InvalidConfig(
-                f"mesh.{axis}", getattr(config, axis), "splitting work over several devices is not served yet; use 1"
-            )
     if config.num_devices > len(devices):
         raise InvalidConfig("mesh", config.num_devices, f"needs more devices than the {len(devices)} present")
     shape = tuple(getattr(config, axis) for axis in AXES)

@@ -1,12 +1,19 @@
-"""Latents to pixels."""
+"""Latents to pixels.
+
+On a mesh every device decodes its rows of the picture. Convolutions, norms and attention are those of the whole picture: the
+partitioner exchanges the rows next to the cuts, and sums over all devices.
+"""
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import jit_in
 
 WHOLE_CLIP_LATENTS = 4096
@@ -16,8 +23,8 @@ WHOLE_CLIP_LATENTS = 4096
 class Decode:
     """The VAE's decoder and the last mile to pixel values, one executable a shape."""
 
-    def __init__(self, graphdef: Any, weights: Any, dtype: Any):
-        self._weights = weights
+    def __init__(self, graphdef: Any, weights: Any, dtype: Any, layout: Layout):
+        self._weights, self._layout = weights, layout
 
         def decode(weights, latents, to_uint8):
             chunk = None if math.prod(latents.shape[2:]) <= WHOLE_CLIP_LATENTS else 1
@@ -27,6 +34,7 @@ class Decode:
 
         self._decode = jit_in(dtype, decode, static_argnames="to_uint8")
 
-    def __call__(self, latents: Float[Array, "b c f h w"], to_uint8: bool = True) -> Array:
+    def __call__(self, latents: Float[Array | np.ndarray, "b c f h w"], to_uint8: bool = True) -> Array:
         """[b c f h w] to frames [b, f', h', w', 3]: uint8, or float32 in [0, 1]."""
+        latents = jax.device_put(latents, self._layout.picture(latents.shape))
         return self._decode(self._weights, latents, to_uint8=to_uint8)

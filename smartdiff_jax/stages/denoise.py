@@ -9,7 +9,7 @@ at a given number of tokens. The carry is donated. There are no callbacks inside
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from smartdiff_jax.cache.base import CachePolicy, Step
 from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
+from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
 
@@ -60,14 +61,44 @@ class DenoiseLoop:
     attend: attention, wrapped for the mesh.
     guidance, combine: how the branches of classifier-free guidance run, and how they are put together.
     dtype: the denoiser computes in; the latents and the sampler are float32 always.
-    placement: sharding of the carry. Said once for all chunks, because an equal carry placed by another sharding object,
-        as the first chunk's would be, is another executable.
+    layout: where the carry lies. Its placements are said once for all chunks, because an equal carry placed by another
+        sharding object, as the first chunk's would be, is another executable.
     """
 
-    def __init__(self, graphdef: Any, attend: Attend, guidance: Guidance, combine: Combine, dtype: Any, placement: Any):
+    def __init__(self, graphdef: Any, attend: Attend, guidance: Guidance, combine: Combine, dtype: Any, layout: Layout):
         self._graphdef, self._attend, self._guidance, self._combine = graphdef, attend, guidance, combine
-        self.start = jit_in(dtype, self._start, out_shardings=placement)
-        self.run = jit_in(dtype, self._run, donate_argnames="carry", out_shardings=placement)
+        self._dtype, self._layout = dtype, layout
+        self._compiled: dict[Any, tuple[Callable[..., DenoiseCarry], Callable[..., DenoiseCarry]]] = {}
+
+    def functions(
+        self, weights: Any, tokens: Array, branches: Conditioning, policy: CachePolicy, sampler: Sampler
+    ) -> tuple[Callable[..., DenoiseCarry], Callable[..., DenoiseCarry]]:
+        """`_start` and `_run` (donates the carry), compiled for inputs like these."""
+        arguments = weights, tokens, branches, policy, sampler
+        leaves, structure = jax.tree.flatten(arguments[1:])
+        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(arguments)
+        return self._compiled[key]
+
+    def _compile(self, arguments: tuple[Any, ...]) -> tuple[Callable[..., DenoiseCarry], Callable[..., DenoiseCarry]]:
+        # The carry crosses the border as a list of arrays: only those have placements.
+        def start(*arguments):
+            leaves, structure = jax.tree.flatten(self._start(*arguments))
+            structures[:] = [structure]
+            return leaves
+
+        def run(weights, leaves, *rest):
+            return jax.tree.leaves(self._run(weights, jax.tree.unflatten(structures[0], leaves), *rest))
+
+        structures: list[Any] = []
+        placements = self._layout.carry(jax.eval_shape(start, *arguments), arguments[1].shape[1])
+        jit_start = jit_in(self._dtype, start, out_shardings=placements)
+        jit_run = jit_in(self._dtype, run, donate_argnums=1, out_shardings=placements)
+        return (
+            lambda *arguments: jax.tree.unflatten(structures[0], jit_start(*arguments)),
+            lambda weights, carry, *rest: jax.tree.unflatten(structures[0], jit_run(weights, jax.tree.leaves(carry), *rest)),
+        )
 
     def _start(
         self,
@@ -109,17 +140,25 @@ class DenoiseLoop:
         lo: Int[Array, ""],
         hi: Int[Array, ""],
         first: Int[Array, ""],
+        num_tokens: Int[Array, ""] | None = None,
     ) -> DenoiseCarry:
-        """Steps lo to hi - 1; `first` is the step from which on these weights serve."""
+        """Steps lo to hi - 1; `first` is the step from which on these weights serve.
+
+        num_tokens: how many tokens count, where they were padded for the mesh.
+        """
         model: Any = nnx.merge(self._graphdef, weights)
+        attend, counts = self._attend, None
+        if num_tokens is not None:
+            attend = attend.for_length(num_tokens)
+            counts = (jnp.arange(carry.tokens.shape[1]) < num_tokens).astype(jnp.float32)
 
         def body(index, carry: DenoiseCarry) -> DenoiseCarry:
             changed = (index == first) & (first > 0)
-            step = Step(index, schedule.num_steps, schedule.sigmas, schedule.timesteps[index], changed)
+            step = Step(index, schedule.num_steps, schedule.sigmas, schedule.timesteps[index], changed, counts)
 
             def branch(tokens, conditioning, state):
                 hidden, context = model.embed(tokens, step.timestep, conditioning)
-                out, state, computed = policy.blocks(state, step, _Stack(model, self._attend, hidden, context))
+                out, state, computed = policy.blocks(state, step, _Stack(model, attend, hidden, context))
                 return model.head(out, context), state, computed
 
             def evaluate(state):
@@ -168,23 +207,26 @@ def denoise(
     guidance_scale: Float[np.ndarray, " max_steps"],
     policy: CachePolicy,
     sampler: Sampler,
+    num_tokens: int | None = None,
     chunk: int | None = None,
 ) -> Iterator[Progress | DenoiseCarry]:
     """Drive the loop chunk by chunk; yields Progress after each, and at last the carry.
 
+    num_tokens: how many tokens count, where they were padded for the mesh.
     branches: leaves [n ...], positive first, n = 2 with classifier-free guidance and 1 without. `chunk`
     fixes the steps a chunk; None keeps chunks near half a second, so that progress and cancelling stay prompt whatever the
     model (bounds are traced: any length costs nothing).
     """
     num_steps = int(schedule.num_steps)
-    carry = loop.start(experts[0].weights, tokens, branches, policy, sampler)
+    start, run = loop.functions(experts[0].weights, tokens, branches, policy, sampler)
+    carry = start(experts[0].weights, tokens, branches, policy, sampler)
     length = chunk or 1
     for expert in experts:
         lo = expert.first
         while lo < expert.last:
             hi = min(lo + length, expert.last)
             began = time.perf_counter()
-            carry = loop.run(
+            carry = run(
                 expert.weights,
                 carry,
                 branches,
@@ -195,6 +237,7 @@ def denoise(
                 np.int32(lo),
                 np.int32(hi),
                 np.int32(expert.first),
+                None if num_tokens is None else np.int32(num_tokens),
             )
             carry.tokens.block_until_ready()
             if chunk is None and lo > 0:

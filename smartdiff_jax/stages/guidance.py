@@ -99,8 +99,12 @@ class Sequential:
 class Batched:
     """Both branches as one batch: for models too small to fill a device, and for meshes that give each branch its devices.
 
+    place: puts the tokens of all branches [n * b, s, p] where they belong on a mesh.
     The negative branch runs at scale 1 too, where its result is not used.
     """
+
+    def __init__(self, place: Callable[[Array], Array] = lambda tokens: tokens):
+        self._place = place
 
     def num_states(self, num_branches):
         return 1
@@ -108,7 +112,8 @@ class Batched:
     def __call__(self, evaluate, combine, tokens, branches, scale, state):
         num_branches, batch = branches.text.shape[0], tokens.shape[0]
         own = jax.tree.map(lambda leaf: leaf[0], state)
-        velocity, own, done = evaluate(jnp.tile(tokens, (num_branches, 1, 1)), as_batch(branches, batch), own)
+        wide = self._place(jnp.tile(tokens, (num_branches, 1, 1)))
+        velocity, own, done = evaluate(wide, as_batch(branches, batch), own)
         state, computed = jax.tree.map(lambda leaf: leaf[None], own), jnp.broadcast_to(done, num_branches)
         if num_branches == 1:
             return velocity, velocity, state, computed
@@ -130,4 +135,6 @@ def as_batch(branches: Conditioning, batch: int) -> Conditioning:
     return jax.tree.map(merge, branches)
 
 
-GUIDANCE: Registry[Guidance] = Registry("guidance", {"sequential": Sequential(), "batched": Batched()})
+GUIDANCE: Registry[Callable[[Callable[[Array], Array]], Guidance]] = Registry(
+    "guidance", {"sequential": lambda place: Sequential(), "batched": Batched}
+)

@@ -10,9 +10,12 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.models.families import Family
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import MAX_STEPS, SAMPLERS
+from smartdiff_jax.sharding.layout import Layout
+from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.stages.denoise import DenoiseLoop
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain
 from smartdiff_jax.training.flow_matching import TEXT_ENCODER, TRANSFORMER, attend_with, part_of, text_states
@@ -36,8 +39,9 @@ class Generator:
         grid = patches.grid((1, *latent_shape))
         rope, _ = family.rope(transformer.config, grid, 0, 0)
         self._rope = tuple(jnp.broadcast_to(table, (2, 1, *table.shape)) for table in rope)
-        attend, device = attend_with(attention), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self._loop = DenoiseLoop(transformer.graphdef, attend, GUIDANCE["sequential"], combine_plain, transformer.dtype, device)
+        attend, layout = attend_with(attention), Layout(make_mesh(MeshConfig()))
+        guidance = GUIDANCE["sequential"](layout.as_branches)
+        self._loop = DenoiseLoop(transformer.graphdef, attend, guidance, combine_plain, transformer.dtype, layout)
         self._encode = jax.jit(lambda params, ids: text_states(text_encoder.module(params), ids))
         self._weights = jax.jit(transformer.weights)
         self._unpack = jax.jit(lambda tokens: patches.unpack(tokens, grid))
@@ -64,11 +68,13 @@ class Generator:
         conditioning = Conditioning(states.reshape(2, n, *states.shape[1:]), self._rope)
         solver, policy = SAMPLERS[sampler], POLICIES["none"]()
         weights = self._weights(part_of(params, TRANSFORMER))
-        carry = self._loop.start(weights, self._noise(np.uint32(seed), n), conditioning, policy, solver)
+        tokens = self._noise(np.uint32(seed), n)
+        start, run = self._loop.functions(weights, tokens, conditioning, policy, solver)
+        carry = start(weights, tokens, conditioning, policy, solver)
         schedule = solver.schedule(num_steps, shift)
         scale = np.full(MAX_STEPS, guidance_scale, np.float32)
         lo, hi = np.int32(0), np.int32(num_steps)
-        carry = self._loop.run(weights, carry, conditioning, schedule, scale, policy, solver, lo, hi, lo)
+        carry = run(weights, carry, conditioning, schedule, scale, policy, solver, lo, hi, lo)
         return self._unpack(carry.tokens)
 
 

@@ -7,7 +7,6 @@ from jax import monitoring
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.pipeline import Pipeline
 
-
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

@@ -53,12 +53,13 @@ def test_a_second_request_compiles_nothing(pipe, compiles):
     assert compiles.count == before
 
 
-def test_all_chunks_of_a_first_request_share_one_executable(folder, system):
+def test_all_chunks_of_a_first_request_share_one_executable(folder, system, compiles):
     from smartdiff_jax.engine.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(folder, system=system)
-    pipe("a red fox", **SMALL)
-    assert pipe._loop.run._cache_size() == pipe._loop.start._cache_size() == 1
+    pipe, counts = Pipeline.from_pretrained(folder, system=system), []
+    pipe("a red fox", **SMALL, on_progress=lambda event: counts.append((event.stage, event.done, compiles.count)))
+    first, *others = [count for stage, _, count in counts if stage == "denoise"]
+    assert others and set(others) == {first}
 
 
 def test_each_sampler_compiles_once(pipe, compiles):
@@ -107,6 +108,8 @@ def test_many_outputs_go_in_batches_of_few_sizes():
     assert [len(batch) for batch in split_outputs(3, 32760)] == [1, 1, 1]
     assert [len(batch) for batch in split_outputs(2, 75600)] == [1, 1]
     assert [index for batch in split_outputs(7, 4096) for index in batch] == list(range(7))
+    assert [len(batch) for batch in split_outputs(7, 4096, data=2)] == [4, 2, 2]
+    assert [len(batch) for batch in split_outputs(1, 4096, data=4)] == [4]
 
 
 def test_seeds_go_round_at_the_end(pipe):

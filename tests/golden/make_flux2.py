@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -41,8 +40,6 @@ CASES = {
         "wide": ((3, 3, 6, 14), (0.7, 0.7, 0.7), (3.5, 7.25, 4.0)),
     },
 }
-STEPS = (1, 2, 4, 9, 10, 28, 50, 200, 250)
-TOKENS = (1, 96, 256, 1024, 4096, 4299, 4300, 4301, 9216)
 
 
 def main() -> None:
@@ -73,8 +70,6 @@ def main() -> None:
             if guidance is not None:
                 arrays[f"{case}/guidance"] = guidance.numpy()
         np.savez_compressed(HERE / f"{name}.npz", **arrays)
-    mu = [[compute_empirical_mu(tokens, steps) for steps in STEPS] for tokens in TOKENS]
-    np.savez_compressed(HERE / "flux2_mu.npz", tokens=TOKENS, steps=STEPS, mu=mu)
 
 
 if __name__ == "__main__":

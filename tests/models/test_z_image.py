@@ -262,13 +262,14 @@ def test_time_modulation_and_norms_are_float32_in_a_bfloat16_run(model, filled):
 def test_positions_go_on_behind_the_caption():
     config = ZImageConfig()
     (cos, sin), (text_cos, text_sin) = rope(config, (2, 5, 4), 64, 33)
-    assert cos.shape == sin.shape == (40, 64) and text_cos.shape == text_sin.shape == (64, 64)
+    assert cos.shape == sin.shape == (40, 64) and text_cos.shape == text_sin.shape == (24 + 64, 64)
     assert {table.dtype for table in (cos, sin, text_cos, text_sin)} == {np.dtype(np.float32)}
     first = [0, 16, 40]  # the fastest pair of each axis
     np.testing.assert_allclose(sin[0, first], np.sin([65.0, 0.0, 0.0]), rtol=1e-6)
     np.testing.assert_allclose(sin[-1, first], np.sin([66.0, 4.0, 3.0]), rtol=1e-6)
     np.testing.assert_allclose(sin[-1, 17], np.sin(4 * 256 ** (-2 / 48)), rtol=1e-6)
-    np.testing.assert_allclose(text_sin[:, 0], np.sin(np.arange(1.0, 65.0)), rtol=1e-5)
+    assert np.all(text_sin[:24] == 0) and np.all(text_cos[:24] == 1)  # fills the picture up to 64 tokens
+    np.testing.assert_allclose(text_sin[24:, 0], np.sin(np.arange(1.0, 65.0)), rtol=1e-5)
     assert np.all(text_cos[:, 16:] == 1)
     np.testing.assert_allclose(rope(config, (1, 1, 1), 64, 32)[0][1][0, 0], np.sin(33.0), rtol=1e-6)
 

@@ -1,0 +1,88 @@
+"""Where activations lie on a mesh: tokens over the sequence axes, outputs over `data`, branches of guidance over `cfg`.
+
+Tokens stay split from the noise to the decoder. Their number is padded once, so that every device has as many; attention and
+caches are told how many count.
+"""
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from smartdiff_jax.sharding.context_parallel import SEQUENCE, padded_length
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The placements of one mesh."""
+
+    mesh: Mesh
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """What the batch inside the model is split over: outputs, and branches where they run as one batch."""
+        return ("cfg", "data") if self.mesh.shape["cfg"] > 1 else ("data",)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def tokens(self) -> NamedSharding:
+        """Of packed latents [b, s, p]."""
+        return NamedSharding(self.mesh, PartitionSpec("data", SEQUENCE))
+
+    def padding(self, num_tokens: int) -> int:
+        """How many tokens are added so that all devices have as many."""
+        return padded_length(num_tokens, self.mesh) - num_tokens
+
+    def pad_tokens(self, tokens: Float[Array, "b s p"]) -> Float[Array, "b t p"]:
+        return jnp.pad(tokens, ((0, 0), (0, self.padding(tokens.shape[1])), (0, 0)))
+
+    def place_rope(self, rope: tuple[np.ndarray, np.ndarray]) -> tuple[Array, Array]:
+        """The tokens' rotary table [n, c, s, r], split as they are, with rows of position zero for the padding."""
+        cos, sin = rope
+        rows = ((0, 0), (0, 0), (0, self.padding(cos.shape[2])), (0, 0))
+        split = NamedSharding(self.mesh, PartitionSpec(None, None, SEQUENCE))
+        return jax.device_put((np.pad(cos, rows, constant_values=1), np.pad(sin, rows)), split)
+
+    def carry(self, shapes: T, num_tokens: int) -> T:
+        """Placements of whatever the loop carries: [..., b, num_tokens, d] as the tokens, all else whole.
+
+        Memories of caches are among it, with leading axes of branches and anchors.
+        """
+
+        def place(leaf: Any) -> NamedSharding:
+            if leaf.ndim < 3 or leaf.shape[-2] != num_tokens:
+                return self.replicated
+            batch = leaf.shape[-3]
+            axes = next((axes for axes in (self.batch_axes, ("data",)) if batch % _size(self.mesh, axes) == 0), None)
+            return NamedSharding(self.mesh, PartitionSpec(*[None] * (leaf.ndim - 3), axes, SEQUENCE))
+
+        return jax.tree.map(place, shapes)
+
+    def as_branches(self, x: Float[Array, "b s p"]) -> Float[Array, "b s p"]:
+        """Tokens of all branches as one batch: each branch on devices of its own, where the mesh has them."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.batch_axes, SEQUENCE)))
+
+    def picture(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Of latents [b, c, f, h, w] on their way to pixels: rows, or else columns, over as many devices as divide them."""
+        for axis in (3, 4):
+            if shape[axis] % self.mesh.size == 0:
+                spec: list[Any] = [None] * 5
+                spec[axis] = tuple(name for name in self.mesh.axis_names if self.mesh.shape[name] > 1) or None
+                return NamedSharding(self.mesh, PartitionSpec(*spec))
+        return self.replicated
+
+
+def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
