@@ -20,13 +20,14 @@ class Anchors:
     """A ring of H computed values, kept in order by shifting, which happens at computed steps only.
 
     values: any pytree, its leaves stacked on a leading axis [H, ...], newest first.
-    at: where each was computed (a step's index, a noise level), zero behind `count`.
-    count: how many hold something.
+    at: float32 [H], where each was computed (a step's index, a noise level), zero behind `count`.
+    count: int32, how many hold something.
     """
 
+    # Not annotated with shapes: the loop stacks the memories of its branches, and asks for shapes alone.
     values: Any
-    at: Float[Array, " h"]
-    count: Int[Array, ""]
+    at: Any
+    count: Any
 
     @classmethod
     def empty(cls, like: Any, size: int) -> "Anchors":
