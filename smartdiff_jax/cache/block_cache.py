@@ -17,7 +17,6 @@ from smartdiff_jax.cache.base import CachePolicy, Hidden, Stack, State, Step
 from smartdiff_jax.cache.guards import Counters, Guards
 from smartdiff_jax.cache.memory import Anchors
 from smartdiff_jax.cache.predict import hold
-from smartdiff_jax.errors import InvalidRequest
 
 
 @jax.tree_util.register_dataclass
@@ -49,15 +48,17 @@ class Verdict:
 class BlockCache(CachePolicy):
     """Subclasses are registered dataclasses: they hold `guards`, say what they wish in `judge`, and override the rest at need.
 
-    first_blocks, last_blocks: how many blocks of the stack are prefix and suffix. num_anchors: computed steps remembered.
+    num_anchors: computed steps that are remembered.
     adds: whether the range's part is what it adds to the stream, or the stream itself as it leaves.
     """
 
     guards: Guards
-    first_blocks: int = 0
-    last_blocks: int = 0
     num_anchors: int = 1
     adds: ClassVar[bool] = True
+
+    def span(self, num_blocks: int) -> tuple[int, int]:
+        """The range of a stack: blocks lo to hi - 1. Raises InvalidRequest if the stack has no such range."""
+        return 0, num_blocks
 
     def judge(self, memory: BlockMemory, step: Step, stack: Stack, entering: Hidden) -> Verdict:
         """Whether this step should be computed; the guards may know better."""
@@ -75,10 +76,7 @@ class BlockCache(CachePolicy):
         return BlockMemory(Counters.zero(), Anchors.empty(hidden, self.num_anchors))
 
     def blocks(self, state: BlockMemory, step: Step, stack: Stack) -> tuple[Hidden, State, Bool[Array, ""]]:
-        lo, hi = self.first_blocks, stack.num_blocks - self.last_blocks
-        if lo >= hi:
-            remedy = f"the model has {stack.num_blocks} blocks, of which {lo} + {self.last_blocks} always run; leave some"
-            raise InvalidRequest("cache_params", f"{lo}+{self.last_blocks}", remedy)
+        lo, hi = self.span(stack.num_blocks)
         entering = stack.run(stack.hidden, 0, lo) if lo else stack.hidden
         state = dataclasses.replace(state, anchors=state.anchors.cleared(step.changed_weights))
         verdict = self.judge(state, step, stack, entering)
@@ -99,7 +97,7 @@ class BlockCache(CachePolicy):
         out, (anchors, reference) = jax.lax.cond(fresh, compute, reuse, (state.anchors, state.reference))
         score = jax.tree.map(lambda leaf: jnp.where(fresh, jnp.zeros_like(leaf), leaf), verdict.score)
         memory = BlockMemory(counters, anchors, reference, verdict.previous, score)
-        return stack.run(out, hi, stack.num_blocks) if self.last_blocks else out, memory, fresh
+        return stack.run(out, hi, stack.num_blocks) if hi < stack.num_blocks else out, memory, fresh
 
 
 def picture(hidden: Hidden) -> Array:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from smartdiff_jax.config.fields import raise_invalid
-from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.errors import InvalidConfig, InvalidField, InvalidRequest
 
 MAX_STEPS = 200
 """Tables are padded to it, as the samplers' are."""
@@ -20,10 +20,29 @@ class CacheParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class ModelNumbers(CacheParams):
+    """What is known of a model for one policy.
+
+    source: where the numbers are from. params: the policy's parameters for this model, where a user gives none.
+    """
+
+    source: str = ""
+    params: dict[str, Any] = {}
+
+
 def check_params(kind: type[Checked], params: Mapping[str, Any]) -> Checked:
-    """The parameters, or one InvalidRequest that names each wrong one as `cache_params.<field>`."""
-    request = create_model("Request", cache_params=(kind, ...))
+    """A user's parameters, or one InvalidRequest that names each wrong one as `cache_params.<field>`."""
+    return _checked(kind, params, "cache_params", InvalidRequest)
+
+
+def check_numbers(kind: type[Checked], model_numbers: Mapping[str, Any], policy: str) -> Checked:
+    """What is known of a model for one policy (`cache.published`, or a calibration), or one InvalidConfig."""
+    return _checked(kind, model_numbers.get(policy, {}), policy, InvalidConfig)
+
+
+def _checked(kind: type[Checked], values: Mapping[str, Any], name: str, error: type[InvalidField]) -> Checked:
+    request = create_model("Request", **{name: (kind, ...)})  # type: ignore[call-overload]
     try:
-        return request(cache_params=dict(params)).cache_params  # type: ignore[attr-defined]
-    except ValidationError as error:
-        raise_invalid(error, InvalidRequest, kind)
+        return getattr(request(**{name: dict(values)}), name)
+    except ValidationError as wrong:
+        raise_invalid(wrong, error, kind)

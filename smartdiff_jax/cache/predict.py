@@ -5,7 +5,7 @@ each of them holds it. The positions may be step indices, noise levels or anythi
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Weights = Float[Array, " h"]
 Order = Int[Array, ""] | Float[Array, ""] | int
@@ -32,6 +32,13 @@ def taylor(at: Float[Array, " h"], count: Int[Array, ""], position: Float[Array,
     where a derivative is meant: exact up to degree 1; of a quadratic under equal gaps N it misses D_2 N k / 2.
     """
     return _extrapolate(at, count, position, order, lambda m, j: m + 1, lambda j: (position - at[0]) / (j + 1))
+
+
+def forecast(
+    at: Float[Array, " h"], count: Int[Array, ""], position: Float[Array, ""], order: Order, exact: Bool[Array, ""]
+) -> Weights:
+    """`newton` where `exact`, else `taylor`."""
+    return jnp.where(exact, newton(at, count, position, order), taylor(at, count, position, order))
 
 
 def _extrapolate(at, count, position, order, other, factor) -> Weights:

@@ -1,0 +1,103 @@
+"""TeaCache (CVPR 2025, arXiv 2411.19108): compute again once the inputs of the blocks have moved far enough.
+
+    a <- a + p(d),  d = relative L1 distance of a signal from the step before;  skip while a < threshold, else a <- 0
+
+The residual of the whole stack is held. p is a polynomial fitted to each model, on the modulated input of block 0 (FLUX.1,
+Qwen-Image) or on the embedded timestep alone (Wan, whose decisions are then the same for every prompt).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from pydantic import Field
+
+from smartdiff_jax.cache.base import Hidden, Stack, Step
+from smartdiff_jax.cache.block_cache import BlockCache, BlockMemory, Verdict, picture
+from smartdiff_jax.cache.distance import relative_l1
+from smartdiff_jax.cache.guards import GuardParams, Guards
+from smartdiff_jax.cache.params import ModelNumbers, check_numbers, check_params
+from smartdiff_jax.errors import InvalidRequest
+
+MAX_DEGREE = 5
+
+Signal = Literal["modulated_input", "time_embedding"]
+Coefficients = tuple[float, ...]
+
+
+class TeaCacheNumbers(ModelNumbers):
+    """coefficients: of p, highest power first. rows: vectors in the time embedding, each as wide as the residual stream."""
+
+    signal: Signal = "modulated_input"
+    rows: int = Field(1, ge=1)
+    coefficients: Coefficients | None = Field(None, min_length=1, max_length=MAX_DEGREE + 1)
+
+
+class TeaCacheParams(GuardParams):
+    """threshold: more skips more; 0 computes every step.
+
+    coefficients: instead of the model's. clamp_nonneg: take p for 0 where it is negative, as fitted polynomials are for small
+    distances; False is the published rule, where such steps pay back what others used up.
+    """
+
+    threshold: float = Field(0.1, ge=0.0)
+    coefficients: Coefficients | None = Field(None, min_length=1, max_length=MAX_DEGREE + 1)
+    clamp_nonneg: bool = True
+    cooldown: int = Field(1, ge=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeaCache(BlockCache):
+    """coefficients: of p, highest power first, zeros in front."""
+
+    guards: Guards
+    threshold: Float[Array, ""]
+    coefficients: Float[Array, " degree_plus_1"]
+    clamp_nonneg: Bool[Array, ""]
+    signal: Signal = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "TeaCache":
+        """Raises InvalidRequest for wrong parameters, and for a model without coefficients if none are given."""
+        numbers = check_numbers(TeaCacheNumbers, model_numbers, "teacache")
+        checked = check_params(TeaCacheParams, numbers.params | params)
+        found = checked.coefficients or numbers.coefficients
+        if found is None:
+            remedy = "this model has no coefficients; calibrate it, or give them as cache_params.coefficients"
+            raise InvalidRequest("cache", "teacache", remedy)
+        coefficients = np.zeros(MAX_DEGREE + 1, np.float32)
+        coefficients[MAX_DEGREE + 1 - len(found) :] = found
+        return cls(
+            guards=Guards.create(checked, num_steps),
+            threshold=jnp.float32(checked.threshold),
+            coefficients=jnp.asarray(coefficients),
+            clamp_nonneg=jnp.bool_(checked.clamp_nonneg),
+            signal=numbers.signal,
+            rows=numbers.rows,
+        )
+
+    def init_blocks(self, hidden: Hidden) -> BlockMemory:
+        stream = picture(hidden)
+        batch, _, width = stream.shape
+        if self.signal == "time_embedding":
+            previous = jnp.zeros((batch, self.rows, width), jnp.float32)
+        else:
+            previous = jnp.zeros_like(stream)
+        return dataclasses.replace(super().init_blocks(hidden), previous=previous, score=jnp.zeros(batch))
+
+    def judge(self, memory: BlockMemory, step: Step, stack: Stack, entering: Hidden) -> Verdict:
+        of_time = self.signal == "time_embedding"
+        signal = stack.time_embedding() if of_time else stack.modulated_input()
+        signal = signal.astype(memory.previous.dtype)
+        # The step before, computed or not: p is fitted to distances of neighbours.
+        distance = relative_l1(signal, memory.previous, None if of_time else step.token_weights)
+        moved = jnp.polyval(self.coefficients, distance)
+        score = memory.score + jnp.where(self.clamp_nonneg, jnp.maximum(moved, 0.0), moved)
+        # One sample of a batch that wants to be computed is enough: no picture is the worse for its neighbours.
+        return Verdict(~jnp.all(score < self.threshold), previous=signal, score=score)
