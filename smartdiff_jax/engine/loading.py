@@ -61,6 +61,11 @@ class LoadedModel:
         return self.family.patches(self.configs["transformer"])
 
     @property
+    def num_heads(self) -> int:
+        config = self.configs["transformer"]
+        return config.n_heads if hasattr(config, "n_heads") else config.num_attention_heads
+
+    @property
     def spatial_stride(self) -> int:
         return self.configs["vae"].spatial_stride
 

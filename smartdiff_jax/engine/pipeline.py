@@ -27,12 +27,12 @@ from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParam
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
 from smartdiff_jax.engine.loading import LoadedModel, load_model
 from smartdiff_jax.engine.output import GenerateOutput, Report
-from smartdiff_jax.errors import Cancelled, InvalidRequest
+from smartdiff_jax.errors import Cancelled, InvalidConfig, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Schedule, Spacing
-from smartdiff_jax.sharding.context_parallel import wrap
+from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.stages.base import Progress
@@ -66,6 +66,10 @@ class Pipeline:
         self.system = system
         self._model = model
         layout = Layout(model.mesh)
+        check_heads(model.mesh, model.num_heads)
+        if system.mesh.cfg > 1 and model.spec.sampling.guidance != "cfg":
+            remedy = f"{model.spec.name} has no negative branch to split off; use 1, and more ring, ulysses or data"
+            raise InvalidConfig("mesh.cfg", system.mesh.cfg, remedy)
         attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes)
         self._text = TextEncode(
             [

@@ -61,6 +61,17 @@ def factorise(num_devices: int, num_heads: int) -> list[tuple[int, int]]:
     return [(num_devices // ulysses, ulysses) for ulysses in degrees]
 
 
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Raises InvalidConfig, with what would work, unless `mesh` can split that many heads."""
+    ring, ulysses, tensor = (mesh.shape[axis] for axis in (*SEQUENCE, "tensor"))
+    if heads % tensor:
+        raise InvalidConfig("mesh.tensor", tensor, f"must divide the model's {heads} heads")
+    if heads % (ulysses * tensor):
+        served = " or ".join(f"ring={r} ulysses={u}" for r, u in factorise(ring * ulysses, heads // tensor))
+        per_tensor = f" over tensor={tensor}" if tensor > 1 else ""
+        raise InvalidConfig("mesh.ulysses", ulysses, f"must divide the model's {heads} heads{per_tensor}; use {served}")
+
+
 class LocalAttend:
     """`Attend` where one device holds everything: the kernel itself.
 
@@ -147,7 +158,7 @@ class MeshAttend:
         """Attention of all streams to all streams: the tokens' part, and the text's where there is text."""
         batch, size, heads, _ = tokens.q.shape
         pieces = _size(self.mesh, SEQUENCE)
-        self._check_heads(heads)
+        check_heads(self.mesh, heads)
         num_tokens, text_size = self.num_tokens, 0 if text is None else text.q.shape[1]
         if num_tokens is None and size % pieces:
             num_tokens = size
@@ -198,13 +209,6 @@ class MeshAttend:
         pieces = _size(self.mesh, axes)
         if size % pieces:
             raise InvalidConfig(" * ".join(f"mesh.{axis}" for axis in axes), pieces, f"must divide the {size} {what}")
-
-    def _check_heads(self, heads: int) -> None:
-        ring, ulysses, tensor = (self.mesh.shape[axis] for axis in (*SEQUENCE, "tensor"))
-        if heads % (ulysses * tensor):
-            served = " or ".join(f"ring={r} ulysses={u}" for r, u in factorise(ring * ulysses, heads // tensor))
-            per_tensor = f" over tensor={tensor}" if tensor > 1 else ""
-            raise InvalidConfig("mesh.ulysses", ulysses, f"must divide the model's {heads} heads{per_tensor}; use {served}")
 
     def _padded(self, x: Array) -> Array:
         """x [b, s, h, d] with s evenly split; x itself where it is already."""

@@ -1,0 +1,124 @@
+"""Every family on meshes of 8 virtual devices: the picture of one device, whatever is split."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import tiny_images
+
+from smartdiff_jax.config.system import MeshConfig
+from smartdiff_jax.engine.pipeline import Pipeline
+from smartdiff_jax.errors import InvalidConfig
+from smartdiff_jax.models.families import FAMILIES
+
+MESHES = {
+    "ring8": dict(ring=8),
+    "ring3": dict(ring=3),
+    "ulysses4": dict(ulysses=4),
+    "ulysses2-ring4": dict(ulysses=2, ring=4),
+    "cfg2-ulysses2-ring2": dict(cfg=2, ulysses=2, ring=2),
+    "tensor2-ring2": dict(tensor=2, ring=2),
+    "fsdp4": dict(ring=4, fsdp=True),
+    "data2": dict(data=2),
+}
+# 35 tokens a picture and 39 a clip: they divide by nothing in the meshes but 3 and 13.
+REQUESTS = {
+    family: dict(size=(112, 80), num_inference_steps=2, seed=1)
+    | (dict(size=(48, 208), num_frames=1) if family == "wan" else {})
+    for family in FAMILIES
+}
+
+
+def write(family, path):
+    if family != "wan":
+        return tiny_images.write_with_four_heads(path, family)
+    folder = tiny.write_folder(path)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(num_attention_heads=4, attention_head_dim=6)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_one_device(tmp_path_factory, system):
+    """(folder, output) by family."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = write(family, tmp_path_factory.mktemp("mesh") / family)
+            pipe = Pipeline.from_pretrained(folder, system=system)
+            made[family] = folder, pipe("a red fox", output_type="np", **REQUESTS[family])
+        return made[family]
+
+    return get
+
+
+# Models without guidance have no branches to give devices of their own.
+PAIRS = [
+    (family, mesh) for family in FAMILIES for mesh in MESHES if "cfg" not in mesh or family in ("wan", "qwen-image", "z-image")
+]
+
+
+@pytest.mark.parametrize("family, mesh", PAIRS)
+def test_a_mesh_gives_the_picture_of_one_device(on_one_device, system, compiles, family, mesh):
+    folder, reference = on_one_device(family)
+    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(**MESHES[mesh]))
+    out = pipe("a red fox", output_type="np", **REQUESTS[family])
+    # Of the norm: guidance multiplies what float32 sums in another order differ by.
+    assert np.linalg.norm(out.latents - reference.latents) <= 1e-5 * np.linalg.norm(reference.latents)
+    assert np.linalg.norm(out.frames - reference.frames) <= 1e-5 * np.linalg.norm(reference.frames)
+    assert out.report.steps == reference.report.steps
+    before = compiles.count
+    pipe("two dogs", output_type="np", **REQUESTS[family] | dict(seed=2, num_inference_steps=3, shift=2.0))
+    assert compiles.count == before
+
+
+def test_outputs_that_do_not_fill_the_data_axis(on_one_device, system):
+    folder, reference = on_one_device("qwen-image")
+    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(data=2, ring=2))
+    out = pipe("a red fox", output_type="np", num_outputs=3, **REQUESTS["qwen-image"])
+    assert out.frames.shape[0] == out.latents.shape[0] == len(out.report.steps) == 3
+    np.testing.assert_allclose(out.frames[:1], reference.frames, rtol=0, atol=1e-5)
+    alone = pipe("a red fox", output_type="np", **REQUESTS["qwen-image"] | dict(seed=3))
+    np.testing.assert_allclose(out.frames[2:], alone.frames, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, mesh, words",
+    [
+        ("flux1", dict(cfg=2), ["mesh.cfg=2", "no negative branch"]),
+        ("flux1", dict(ulysses=8), ["mesh.ulysses=8", "4 heads", "ring=2 ulysses=4"]),
+        ("flux1", dict(ring=16), ["mesh=16", "8 present"]),
+        ("wan", dict(tensor=8), ["mesh.tensor"]),
+    ],
+)
+def test_an_impossible_mesh_is_one_clear_error(on_one_device, system, family, mesh, words):
+    folder, _ = on_one_device(family)
+    with pytest.raises(InvalidConfig) as raised:
+        Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(**mesh))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_weights_and_tokens_lie_as_declared(on_one_device, system):
+    folder, _ = on_one_device("qwen-image")
+    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(ring=2, ulysses=2, tensor=2))
+    weights = pipe._model.denoisers[0]
+    into, out_of = weights["blocks"]["text"]["k"]["kernel"], weights["blocks"]["text"]["out"]["kernel"]
+    assert into[...].sharding.spec[-1] == "tensor" and out_of[...].sharding.spec[-2] == "tensor"
+    seen = []
+    denoise = pipe._loop.functions
+
+    def spy(*arguments):
+        start, run = denoise(*arguments)
+
+        def kept(*arguments):
+            carry = run(*arguments)
+            seen.append(carry.tokens.sharding.spec)
+            return carry
+
+        return start, kept
+
+    pipe._loop.functions = spy
+    pipe("a red fox", output_type="latent", **REQUESTS["qwen-image"])
+    assert seen and all(tuple(spec) == ("data", ("ring", "ulysses")) for spec in seen)
