@@ -18,6 +18,7 @@ LAYERS = [
     {"stages"},
     {"engine"},
     {"training", "serve"},
+    {"cli_mesh"},
     {"cli"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

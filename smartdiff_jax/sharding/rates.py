@@ -1,0 +1,53 @@
+"""What a GPU and the links between GPUs do in a second, for plans: measured where it says so, else a data sheet or assumed."""
+
+import dataclasses
+import math
+
+from smartdiff_jax.config.system import MeshConfig
+from smartdiff_jax.sharding.mesh import AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Rates of one kind of device, in bfloat16. Two-way figures of links are halved: what one device sends.
+
+    attention, matmul: FLOP/s, of long sequences.
+    elementwise: seconds for one feature of one token in one block, of all that is neither: norms, rotary turns, activations.
+    memory: bytes/s of device memory.
+    link: bytes/s within a host. network: bytes/s to another host, per device.
+    latency: seconds that a collective takes besides its bytes.
+    devices_per_host: neighbours in the mesh share hosts of so many.
+    reserved: bytes of a device that no plan can use: the driver's context, buffers of collectives, executables.
+    """
+
+    attention: float
+    matmul: float
+    elementwise: float
+    memory: float
+    link: float
+    network: float
+    latency: float
+    devices_per_host: int
+    reserved: int
+
+    def of_axis(self, mesh: MeshConfig, *axes: str) -> float:
+        """Bytes/s along axes of `mesh` that lie next to each other, outermost first: those of the slowest link between them."""
+        inside = math.prod(getattr(mesh, axis) for axis in AXES[AXES.index(axes[-1]) + 1 :])
+        span = inside * math.prod(getattr(mesh, axis) for axis in axes)
+        return self.link if span <= self.devices_per_host else self.network
+
+
+HOPPER = Rates(
+    attention=580e12,  # measured, H100: cuDNN from JAX, 576 to 591 from 4,608 tokens to 32,760
+    matmul=682e12,  # measured, H100: XLA
+    # Measured, H100: what attention (198 TFLOP) and matmuls (82) leave of Wan2.1-1.3B's 525 ms at 832x480x81, 30 blocks.
+    elementwise=42e-12,
+    memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
+    link=350e9,  # assumed: what collectives get of NVLink's 450, its data sheet's 900 both ways
+    network=50e9,  # data sheet: 400 Gb/s of InfiniBand per GPU
+    latency=20e-6,  # assumed
+    devices_per_host=8,
+    reserved=2 * 10**9,  # assumed
+)
+"""H100 and H200, whose arithmetic is alike. On two H200 these rates give Wan2.1-1.3B at 832x480x81 to 3 %: measured
+520 ms on one, 278 with Ulysses, 273 with a ring."""
