@@ -42,8 +42,11 @@ class Step:
 class Stack(Protocol):
     """The blocks of one branch at one step. hidden: what enters them (an array, or a pair of picture and text streams)."""
 
-    hidden: Hidden
-    num_blocks: int
+    @property
+    def hidden(self) -> Hidden: ...
+
+    @property
+    def num_blocks(self) -> int: ...
 
     def run(self, hidden: Hidden, lo: int, hi: int) -> Hidden:
         """Blocks lo to hi - 1 (static)."""

@@ -45,7 +45,7 @@ class SamplingDefaults(BaseModel):
     guidance_truncation: float = 1.0
     shift: float = 5.0
     shift_by_height: dict[int, float] = Field(default_factory=dict)
-    dynamic_shift: DynamicShift | None = Field(None, discriminator="kind")
+    dynamic_shift: DynamicShift | None = Field(default=None, discriminator="kind")
     from_one: bool = False
     terminal: float | None = None
     boundary: float | None = None

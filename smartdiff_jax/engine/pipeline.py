@@ -247,10 +247,7 @@ class Pipeline:
         count, _, num_text, _ = encoded.text.shape
         lengths = np.full(count, num_text) if encoded.text_length is None else encoded.text_length[:, 0]
         tables = [self._model.rope(grid, num_text, int(length)) for length in lengths]
-        rope, text_rope = (
-            None if pairs[0] is None else tuple(np.stack(table)[:, None] for table in zip(*pairs, strict=True))
-            for pairs in zip(*tables, strict=True)
-        )
+        rope, text_rope = (_stacked(pairs) for pairs in zip(*tables, strict=True))
         embedded = self.spec.sampling.guidance == "embedded"
         told = {
             "text": encoded.text,
@@ -302,6 +299,11 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
         self._last = now
+
+
+def _stacked(pairs: tuple[Any, ...]) -> Any:
+    """A rotary table (cos, sin) for each branch, to one of all branches [n, 1, s, r]; None where the model has none."""
+    return None if pairs[0] is None else tuple(np.stack(table)[:, None] for table in zip(*pairs, strict=True))
 
 
 def _executed(carry: DenoiseCarry, schedule: Schedule) -> str:

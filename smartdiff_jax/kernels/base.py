@@ -43,6 +43,10 @@ class Attend(Protocol):
     All scale by 1/sqrt(d) and return out [b, s, h, d] in q's dtype.
     """
 
+    def for_length(self, num_tokens: int | Int[Array, ""]) -> "Attend":
+        """The same for tokens that were padded behind `num_tokens`, which may be traced."""
+        ...
+
     def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:
         """The picture's tokens among themselves."""
         ...

@@ -38,7 +38,8 @@ class Generator:
         patches = family.patches(transformer.config)
         grid = patches.grid((1, *latent_shape))
         rope, _ = family.rope(transformer.config, grid, 0, 0)
-        self._rope = tuple(jnp.broadcast_to(table, (2, 1, *table.shape)) for table in rope)
+        cos, sin = (jnp.broadcast_to(table, (2, 1, *table.shape)) for table in rope)
+        self._rope = cos, sin
         attend, layout = attend_with(attention), Layout(make_mesh(MeshConfig()))
         guidance = GUIDANCE["sequential"](layout.as_branches)
         self._loop = DenoiseLoop(transformer.graphdef, attend, guidance, combine_plain, transformer.dtype, layout)
