@@ -1,5 +1,6 @@
 """Feature caches, one file a policy."""
 
+from smartdiff_jax.cache.auto import Auto
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.blockdance import BlockDance
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
@@ -14,6 +15,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
     "cache",
     {
         "none": NoCache,
+        "auto": Auto,
         "teacache": TeaCache,
         "magcache": MagCache,
         "fbcache": FirstBlockCache,
