@@ -6,7 +6,8 @@ policy wishes.
 
 With a budget exactly so many steps are computed, whatever the policy: what is left of it is kept for the steps that will be
 computed in any case, and is spent where every step left is needed to spend it. A policy that goes by a threshold is led there:
-its threshold rises with every step computed ahead of an even pace, and falls with every one behind.
+its threshold rises with every step computed ahead of an even pace, falls with every one behind, and counts for nothing where
+that would be more than a few steps.
 """
 
 import dataclasses
@@ -25,8 +26,10 @@ from smartdiff_jax.errors import InvalidRequest
 
 COMPUTE, DECIDE, SKIP = 1, 0, -1
 NEVER = 2 * MAX_STEPS
-PACE_GAIN = 0.3
-"""A step ahead of the pace raises the threshold by a third."""
+PACE_GAIN = 0.4
+"""A step ahead of the pace raises the threshold by a half."""
+SLACK = 2.0, 0.1
+"""The most steps ahead of the pace or behind it: so many, and this share of the budget."""
 SHARES = 1.0, 0.75, 0.5, 0.25, 0.0
 
 
@@ -70,7 +73,8 @@ class Guards:
 
     warmup_after_switch: fraction of the steps left that is computed again once other weights serve; the first always is.
     budget: how many steps are computed. reserved: of each step, how many after it are computed in any case. open: how many
-    from it on may be computed. pace: how many would be before it, evenly spread. gain: of the threshold, by step off it.
+    from it on may be computed. pace: how many would be before it, evenly spread. slack: the most steps off it. gain: of the
+    threshold, by step off it.
     """
 
     warmup: Int[Array, ""]
@@ -83,6 +87,7 @@ class Guards:
     reserved: Int[Array, " max_steps"]
     open: Int[Array, " max_steps"]
     pace: Float[Array, " max_steps"]
+    slack: Float[Array, ""]
     gain: Float[Array, ""]
 
     @classmethod
@@ -99,6 +104,7 @@ class Guards:
             reserved=jnp.full(MAX_STEPS, -NEVER, jnp.int32),
             open=jnp.full(MAX_STEPS, NEVER, jnp.int32),
             pace=jnp.zeros(MAX_STEPS),
+            slack=jnp.float32(NEVER),
             gain=jnp.float32(0.0),
         )
 
@@ -139,6 +145,7 @@ class Guards:
             reserved=jnp.asarray(counted, jnp.int32),
             open=jnp.asarray(_padded(np.flip(np.cumsum(np.flip(open_)))), jnp.int32),
             pace=jnp.asarray(_padded(np.cumsum(rate) - rate), jnp.float32),
+            slack=jnp.float32(SLACK[0] + SLACK[1] * budget),
             gain=jnp.float32(PACE_GAIN),
         )
 
@@ -163,7 +170,11 @@ class Guards:
 
     def led(self, threshold: Float[Array, ""], counters: "Counters", step: Step) -> Float[Array, ""]:
         """A threshold, moved to keep the pace; without a budget the threshold itself."""
-        return threshold * jnp.exp(self.gain * (step.index - counters.skips - self.pace[step.index]))
+        return threshold * jnp.exp(self.gain * self._ahead(counters, step))
+
+    def _ahead(self, counters: "Counters", step: Step) -> Float[Array, ""]:
+        """Steps computed so far, over the pace."""
+        return step.index - counters.skips - self.pace[step.index]
 
     def decide(
         self, counters: Counters, step: Step, wants_fresh: Bool[Array, ""], has_memory: Bool[Array, ""]
@@ -180,7 +191,9 @@ class Guards:
         spent = left_of_budget <= self.reserved[step.index]
         all_needed = left_of_budget >= self.open[step.index]
         at_limit = (counters.skips_in_row >= self.max_skips_in_row) | (counters.skips >= self.max_skips)
-        fresh = forced | (told == COMPUTE) | ((told == DECIDE) & ~spent & (all_needed | at_limit | wants_fresh))
+        ahead = self._ahead(counters, step)
+        wanted = (ahead < self.slack) & ((ahead <= -self.slack) | at_limit | wants_fresh)
+        fresh = forced | (told == COMPUTE) | ((told == DECIDE) & ~spent & (all_needed | wanted))
         return fresh, Counters(
             skips_in_row=jnp.where(fresh, 0, counters.skips_in_row + 1),
             skips=counters.skips + jnp.where(fresh, 0, 1),

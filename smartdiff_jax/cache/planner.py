@@ -106,7 +106,7 @@ def edges(
     sigmas: Float[np.ndarray, " t_plus_1"],
     reach: int,
     restarts: Sequence[int] = (),
-) -> tuple[Float[np.ndarray, "a t d"], Float[np.ndarray, "a t d"]]:
+) -> tuple[Float[np.ndarray, "a i a"], Float[np.ndarray, "a i a"]]:
     """(costs, slopes), each [reach + 1, T + 1, reach + 1] and indexed [i - h, i, j - i]; i - h = 0 where there is no h.
 
     The prediction of step l is v_i + slope (v_i - v_h). slopes [.., l - i] are those that fit the recorded runs best.
