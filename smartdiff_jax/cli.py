@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +85,7 @@ def generate(
     cache: Annotated[str, typer.Option(help="How evaluations of the model are skipped: auto, or a policy's name.")] = "none",
     cache_ratio: Annotated[float | None, typer.Option(help="Share of the steps to skip, 0 to 1.")] = None,
     cache_params: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the policy; may be repeated.")] = None,
+    compare_cache: Annotated[bool, typer.Option("--compare-cache", help="Run without the cache too, and compare.")] = False,
     config: Annotated[str | None, typer.Option(help="YAML file of system parameters.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write what was done as JSON.")] = None,
@@ -120,17 +121,17 @@ def generate(
         resolved = pipe.check(request)
         output = output or Path("out.mp4" if resolved.num_frames > 1 else "out.png")
         check_output(output, num_frames=resolved.num_frames, fps=resolved.fps)
-        result = None
         with _bars() as bars:
-            tasks = {}
-            for event in pipe.stream(request):
-                if isinstance(event, GenerateOutput):
-                    result = event
-                    break
-                if event.stage not in tasks:
-                    tasks[event.stage] = bars.add_task(event.stage, total=event.total)
-                bars.update(tasks[event.stage], completed=event.done)
-        assert result is not None, "a stream ends with its output"
+            show = _shown(bars)
+            if compare_cache:
+                from smartdiff_jax.engine.comparison import compare
+
+                comparison = compare(pipe, request, show)
+                result = comparison.cached
+            else:
+                comparison = None
+                *_, result = (show(event) for event in pipe.stream(request))
+        assert isinstance(result, GenerateOutput), "a stream ends with its output"
         paths = result.save(output)
         if report is not None:
             report.write_text(result.report.to_json())
@@ -138,8 +139,31 @@ def generate(
             console.print(f"[yellow]note:[/] {_escape(note)}", highlight=False)
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in result.report.seconds.items())
         console.print(f"seed {result.report.params['seed']}; {seconds}", highlight=False)
+        if cache != "none":
+            told = result.report.cache
+            console.print(f"cache {told['policy']}: {told['ratio']:.1%} skipped; {result.report.steps[0]}", highlight=False)
+        if comparison is not None:
+            likeness = ", ".join(
+                f"PSNR {p:.2f} dB, SSIM {s:.4f}" for p, s in zip(comparison.psnr, comparison.ssim, strict=True)
+            )
+            console.print(f"{comparison.speed_up:.2f} times as fast as without; {likeness}", highlight=False)
+            paths += comparison.side_by_side().save(output.with_stem(f"{output.stem}-compared"))
         for path in paths:
             print(path)
+
+
+def _shown(bars: Progress) -> Callable[[Any], Any]:
+    """Shows an event of a stream as a bar of its stage, and hands it back."""
+    tasks: dict[str, Any] = {}
+
+    def show(event: Any) -> Any:
+        if hasattr(event, "stage"):
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total)
+            bars.update(tasks[event.stage], completed=event.done)
+        return event
+
+    return show
 
 
 def _bars() -> Progress:

@@ -67,7 +67,9 @@ def test_weights_predict_what_lies_on_a_line():
             computed.append(step)
         else:
             guess = plan.weights[step] @ velocities[computed[:-3:-1]]
-            assert np.linalg.norm(guess - velocities[step]) < 3 * RIDGE * np.linalg.norm(velocities[step] - velocities[computed[-1]])
+            assert np.linalg.norm(guess - velocities[step]) < 3 * RIDGE * np.linalg.norm(
+                velocities[step] - velocities[computed[-1]]
+            )
     assert not plan.weights[plan.fresh].any()
 
 
@@ -89,9 +91,9 @@ def test_nothing_is_remembered_over_a_restart():
     assert np.isinf(costs[1:, 6]).all() and np.isfinite(costs[0, 6, 1:5]).all() and not slopes[:, 6].any()
     assert np.isinf(costs[2:, 7]).all() and np.isfinite(costs[1, 7, 1:4]).all()
     plan = make_plan(gram, sigmas, 4, restarts=(6,))
-    after = plan.weights[7:][~plan.fresh[7:]]
-    first = np.flatnonzero(plan.fresh[7:])
-    assert np.array_equal(after[: first[0] if len(first) else None, 1], np.zeros(len(after[: first[0] if len(first) else None])))
+    # With one computed step behind the restart there is no slope yet.
+    second = next((step for step in range(7, 10) if plan.fresh[step]), 10)
+    assert not plan.weights[6:second, 1].any()
 
 
 def test_levels_between_recorded_ones():
