@@ -7,9 +7,9 @@ The prompts are none of the calibration's. Every entry computes as many steps as
 SSIM to the full run of the same prompt and seed, and retrieval: the share of clips that are nearer to their own full run than
 to any other prompt's. Intervals are 95 % by bootstrap over prompts; `margin` is auto's PSNR over an entry's, prompt by prompt.
 
-The baselines: `fewer-steps` (the sampler with that many steps), `same-steps` (the sampler on the noise levels of auto's computed
-steps), `hold-even` and `hold-planned` (the last velocity, at evenly spread steps and at auto's), `shuffled` (auto's predictions
-at steps chosen at random). Writes benchmarks/results/cache-<model>-<device>.json and docs/cache-<model>.svg.
+The baselines: `fewer-steps` (the sampler with that many steps), `same-steps` (the sampler on the noise levels that auto
+computes), `hold-even` and `hold-planned` (the last velocity, at evenly spread steps and at auto's), `shuffled` (auto's
+predictions at steps chosen at random). Writes benchmarks/results/cache-<model>-<device>.json and docs/cache-<model>.svg.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 

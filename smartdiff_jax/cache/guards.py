@@ -28,7 +28,7 @@ COMPUTE, DECIDE, SKIP = 1, 0, -1
 NEVER = 2 * MAX_STEPS
 PACE_GAIN = 0.4
 """A step ahead of the pace raises the threshold by a half."""
-SLACK = 2.0, 0.1
+SLACK = 1.0, 0.05
 """The most steps ahead of the pace or behind it: so many, and this share of the budget."""
 SHARES = 1.0, 0.75, 0.5, 0.25, 0.0
 
