@@ -39,7 +39,7 @@ from smartdiff_jax.cache.planner import between, make_plan  # noqa: E402
 from smartdiff_jax.config.request import GenerateParams  # noqa: E402
 from smartdiff_jax.engine.caching import executed_letters, skipped_share  # noqa: E402
 from smartdiff_jax.engine.comparison import psnr, ssim  # noqa: E402
-from smartdiff_jax.engine.pipeline import Inputs, Pipeline, guidance_table  # noqa: E402
+from smartdiff_jax.engine.pipeline import Inputs, Pipeline  # noqa: E402
 from smartdiff_jax.errors import InvalidRequest  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS, Schedule  # noqa: E402
 from smartdiff_jax.stages.base import Progress  # noqa: E402
@@ -103,9 +103,7 @@ class Bench:
         noise, branches, grid = self.inputs[index]
         tokens = self.pipe._pack(noise)
         steps = int(course.schedule.num_steps)
-        scales = guidance_table(
-            params, self.pipe.spec.sampling, np.asarray(course.schedule.timesteps), [expert.last for expert in course.experts]
-        )
+        scales = self.pipe._scales(params, course)
         began = time.perf_counter()
         for event in denoise(
             self.pipe._loop, course.experts, tokens, branches, course.schedule, scales, course.policy, course.sampler,
@@ -115,7 +113,7 @@ class Bench:
         assert not isinstance(carry, Progress)
         seconds = time.perf_counter() - began
         frames = self.pipe._decode(self.pipe._unpack(carry.tokens, grid=grid))
-        return Clip(np.asarray(frames)[0], executed_letters(np.asarray(carry.executed), steps), seconds)
+        return Clip(np.asarray(frames)[0], executed_letters(np.asarray(carry.executed), steps, scales), seconds)
 
     def all(self, params: Any, course: Any) -> list[Clip]:
         self.run(params, course, 0)  # compiles

@@ -11,6 +11,7 @@ that would be more than a few steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -153,9 +154,9 @@ class Guards:
         keep_warmup, keep_cooldown = "warmup" in given or "retention" in given, "cooldown" in given
         return dataclasses.replace(
             self,
-            warmup=self.warmup if keep_warmup else jnp.ceil(self.warmup * share).astype(jnp.int32),
-            cooldown=self.cooldown if keep_cooldown else jnp.ceil(self.cooldown * share).astype(jnp.int32),
-            warmup_after_switch=self.warmup_after_switch * (1.0 if keep_warmup else share),
+            warmup=self.warmup if keep_warmup else jnp.int32(math.ceil(int(self.warmup) * share)),
+            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(int(self.cooldown) * share)),
+            warmup_after_switch=jnp.float32(float(self.warmup_after_switch) * (1.0 if keep_warmup else share)),
         )
 
     def forced(self, outlook: Outlook) -> Bool[np.ndarray, " t"]:

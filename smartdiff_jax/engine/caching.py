@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.base import CachePolicy, Outlook
@@ -37,9 +38,15 @@ def policy_for(
     return policy, notes
 
 
-def executed_letters(executed: np.ndarray, num_steps: int) -> str:
-    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did."""
-    return "".join("F" if step[0] else "h" if step.any() else "." for step in executed[:num_steps])
+def executed_letters(
+    executed: Bool[np.ndarray, "max_steps n"], num_steps: int, guidance_scale: Float[np.ndarray, " max_steps"]
+) -> str:
+    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did.
+
+    At guidance scale 1 the positive branch is the only one that runs.
+    """
+    running = [step[: 1 if scale == 1.0 else None] for step, scale in zip(executed, guidance_scale, strict=True)]
+    return "".join("F" if step.all() else "h" if step.any() else "." for step in running[:num_steps])
 
 
 def skipped_share(letters: list[str]) -> float:

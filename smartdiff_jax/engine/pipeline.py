@@ -205,6 +205,7 @@ class Pipeline:
         clock.lap("text", branches)
         yield Progress("text", 1, 1)
 
+        scales = self._scales(params, course)
         results, frames, steps, remembered = [], [], [], 0
         num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
@@ -219,7 +220,7 @@ class Pipeline:
                 else:
                     result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
                     wanted = range(batch.start, min(batch.stop, num_outputs))
-                    executed = executed_letters(np.asarray(event.executed), params.num_inference_steps)
+                    executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, scales)
                     steps += [executed] * len(wanted)
                     remembered = max(remembered, memory_bytes(event.cache_state))
             clock.lap("denoise", result)
@@ -301,12 +302,22 @@ class Pipeline:
         self, params: ResolvedParams, course: _Course, tokens: Any, branches: Conditioning
     ) -> Iterator[Progress | DenoiseCarry]:
         num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
-        ends = [expert.last for expert in course.experts]
-        scales = guidance_table(params, self.spec.sampling, np.asarray(course.schedule.timesteps), ends)
         padded = num_tokens if self._layout.padding(num_tokens) else None
         return denoise(
-            self._loop, course.experts, tokens, branches, course.schedule, scales, course.policy, course.sampler, padded
+            self._loop,
+            course.experts,
+            tokens,
+            branches,
+            course.schedule,
+            self._scales(params, course),
+            course.policy,
+            course.sampler,
+            padded,
         )
+
+    def _scales(self, params: ResolvedParams, course: _Course) -> Float[np.ndarray, " max_steps"]:
+        ends = [expert.last for expert in course.experts]
+        return guidance_table(params, self.spec.sampling, np.asarray(course.schedule.timesteps), ends)
 
     def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:
         """What each branch of guidance is told."""
