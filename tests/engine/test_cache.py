@@ -1,16 +1,20 @@
 """A request's cache, from its fields to the report; calibration; with and without side by side."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from smartdiff_jax.config.request import GenerateParams
-from smartdiff_jax.engine.calibration import fit, inner_products
+from smartdiff_jax.engine.caching import executed_letters, policy_for, skipped_share
+from smartdiff_jax.engine.calibration import calibration_files, fit, inner_products, read_calibration
 from smartdiff_jax.engine.comparison import compare, psnr, ssim
 from smartdiff_jax.engine.loading import load_model
 from smartdiff_jax.errors import CheckpointError, InvalidRequest
+from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.stages.base import Progress
+from smartdiff_jax.weights.folder import open_folder
 
 SMALL = dict(size=(32, 32), num_frames=5, num_inference_steps=10, seed=3, output_type="latent")
 
@@ -20,7 +24,7 @@ def calibrated(pipe):
     """The shared pipeline, which knows nothing of it afterwards."""
     before, seen = pipe._model, []
     settings = {key: SMALL[key] for key in ("size", "num_frames")}
-    file = pipe.calibrate(["a red fox", "the lazy dog"], (10, 12), seen.append, **settings)
+    file = pipe.calibrate(["a red fox", "the lazy dog"], (12,), seen.append, **settings)
     yield pipe, file, seen
     pipe._model = before
     file.unlink()
@@ -58,13 +62,13 @@ def test_the_report_tells_what_the_cache_did(pipe):
 def test_calibration_is_written_read_and_used(calibrated, folder, system):
     pipe, file, seen = calibrated
     assert file == folder / "cache.json"
-    assert [event.done for event in seen] == [1, 2, 3, 4] and seen[-1] == Progress("calibrate", 4, 4)
+    assert seen == [Progress("calibrate", 1, 2), Progress("calibrate", 2, 2)]
     numbers = json.loads(file.read_text())
     assert load_model(folder, None, system).cache_numbers == numbers
-    assert [len(run["sigmas"]) for run in numbers["auto"]["runs"]] == [10, 12]
+    assert [len(run["sigmas"]) for run in numbers["auto"]["runs"]] == [12]
     assert len(numbers["magcache"]["ratios"]) == 2 and len(numbers["magcache"]["ratios"][0]) == 12
     assert numbers["teacache"]["signal"] == "time_embedding" and numbers["teacache"]["r2"] <= 1.0
-    for name in ("auto", "magcache", "teacache"):
+    for name in ("auto", "magcache"):
         report = pipe("a red fox", **SMALL, cache=name, cache_ratio=0.4).report
         assert report.steps[0].count("F") == 6 and report.notes == ()
 
@@ -86,19 +90,36 @@ def test_plans_compile_nothing(calibrated, compiles):
     assert compiles.count == before
 
 
-def test_a_change_of_experts_is_told(experts_pipe):
-    report = experts_pipe("a red fox", **SMALL, cache="fbcache", cache_params=dict(threshold=1e6)).report
-    switch = int(report.notes[0].split("step ")[1])
-    assert report.steps[0] == "F" + "." * (switch - 1) + "F" + "." * (9 - switch)
+def test_a_change_of_experts_is_told(pipe):
+    params = pipe.check(GenerateParams.create(prompt="", cache="fbcache", num_inference_steps=10, cache_ratio=0.8))
+    schedule = SAMPLERS[params.sampler].schedule(10, 3.0)
+    policy, notes = policy_for(params, {}, 4, schedule, (6,))
+    assert "before step 6" in notes[0] and int(policy.guards.budget) == 2
+    with pytest.raises(InvalidRequest, match="cache_ratio=0.9.*from 2 to 10 of 10"):
+        policy_for(params.model_copy(update={"cache_ratio": 0.9}), {}, 4, schedule, (6,))
 
 
-def test_a_damaged_calibration_is_an_error(folder, system):
-    (folder / "cache.json").write_text("{")
-    try:
-        with pytest.raises(CheckpointError, match=r"cache.json.*calibrate"):
-            load_model(folder, None, system)
-    finally:
-        (folder / "cache.json").unlink()
+def test_letters():
+    executed = np.zeros((200, 2), bool)
+    executed[:5] = [[1, 1], [1, 0], [0, 1], [0, 0], [1, 0]]
+    scales = np.full(200, 4.0, np.float32)
+    scales[4] = 1.0
+    assert executed_letters(executed, 5, scales) == "Fhh.F" and skipped_share(["Fhh.F", "FF..."]) == 0.5
+    assert executed_letters(executed[:, :1], 5, scales) == "FF..F"
+
+
+def test_a_damaged_calibration_is_an_error(tmp_path):
+    assert read_calibration([tmp_path / "cache.json"]) == {}
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cache.json.*calibrate"):
+        read_calibration([tmp_path / "cache.json"])
+
+
+def test_borrowed_folders_are_not_written_to(folder, tmp_path):
+    opened = open_folder(folder)
+    assert calibration_files(opened, False, tmp_path, lambda: "key") == [folder / "cache.json"]
+    elsewhere = [tmp_path / "calibration" / "key.json", folder / "cache.json"]
+    assert calibration_files(opened, True, tmp_path, lambda: "key") == elsewhere
 
 
 def test_with_and_without(pipe):
@@ -154,7 +175,8 @@ def test_fit_by_hand():
         (dict(cache="fbcache", cache_ratio=0.9, cache_params=dict(warmup=5)), ["cache_ratio=0.9", "from 5 to 10 of 10"]),
     ],
 )
-def test_a_wrong_cache_is_one_clear_error_before_anything_runs(pipe, settings, words):
+def test_a_wrong_cache_is_one_clear_error_before_anything_runs(pipe, settings, words, monkeypatch):
+    monkeypatch.setattr(pipe, "_model", dataclasses.replace(pipe._model, cache_numbers={}))
 
     with pytest.raises(InvalidRequest) as raised:
         events = pipe.stream(GenerateParams.create(prompt="a red fox", num_inference_steps=10, **settings))
