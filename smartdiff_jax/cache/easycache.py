@@ -63,9 +63,8 @@ class EasyCache(StepCache):
         self, memory: StepMemory, step: Step, tokens: Float[Array, "b s p"], positive: Float[Array, "b s p"]
     ) -> dict[str, Array]:
         before, velocity, tokens = memory.reference, positive.astype(jnp.float32), tokens.astype(jnp.float32)
-        moved, changed = (
-            l1(new - before[name], step.token_weights) for name, new in (("tokens", tokens), ("velocity", velocity))
-        )
+        moved = l1(tokens - before["tokens"], step.token_weights)
+        changed = l1(velocity - before["velocity"], step.token_weights)
         return {"tokens": tokens, "velocity": velocity, "rate": changed / moved, "has_rate": memory.anchors.count > 0}
 
     def judge(self, memory: StepMemory, step: Step, tokens: Float[Array, "b s p"]) -> Verdict:

@@ -48,10 +48,10 @@ def mean_slope(
 
         J = (v_m - u) / (after - at[m]),  u = mean of the velocities from at[m] to `after`,  m = min(order, count) - 1
 
-    at: noise levels where the anchors' steps began, the newest ending at `after` and each other where the next began; following:
-    where the step to predict ends. The mean weighs each velocity by the length of its step, which under Euler's method is
-    the published (x(after) - x(at[m])) / (after - at[m]). With order 1 J is zero: v_0 is held. Where v is linear in the noise
-    level and all steps are equal, this is (order - 1) / (2 order) of the way that it moves.
+    at: noise levels where the anchors' steps began, each ending where the next began and the newest at `after`. following: the
+    noise level at the end of the step to predict. The mean weighs each velocity by the length of its step, which under
+    Euler's method is the published (x(after) - x(at[m])) / (after - at[m]). With order 1 J is zero: v_0 is held. Where v is
+    linear in the noise level and all steps are equal, this is (order - 1) / (2 order) of the way that it moves.
     """
     size = at.shape[0]
     oldest = jnp.clip(jnp.minimum(order, count), 1, size).astype(jnp.int32) - 1

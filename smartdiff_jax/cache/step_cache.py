@@ -4,8 +4,8 @@
     skipped:  velocity = base + sum_h weights[h] * anchors[h]
 
 What is remembered is of the size of the latents, of which there is always room. It is the guided velocity, not those of the
-branches: where the guided one is scaled back to a norm (Qwen-Image), predictions of the branches would not add up to it. The one
-`lax.cond` has the prediction as its branch 0.
+branches: where the guided one is scaled back to a norm (Qwen-Image), predictions of the branches would not add up to it. The
+one `lax.cond` has the prediction as its branch 0.
 """
 
 import dataclasses
