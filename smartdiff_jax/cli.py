@@ -1,17 +1,18 @@
-"""The command line: generate, models, mesh, convert, train. Wrong input is one line on stderr and exit code 2."""
+"""The command line: generate, models, calibrate, mesh, convert, train. Wrong input is one line on stderr and exit code 2."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smartdiff_jax import cli_mesh
-from smartdiff_jax.errors import SmartdiffError
+from smartdiff_jax.errors import InvalidRequest, SmartdiffError
 
 app = typer.Typer(
     name="smartdiff",
@@ -47,6 +48,20 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
+def _named_values(field: str, pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value read as YAML reads it."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            values[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise InvalidRequest(field, pair, "write it as NAME=VALUE, for example threshold=0.2") from None
+    return values
+
+
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to make.")],
@@ -67,7 +82,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same picture.")] = None,
     num_outputs: Annotated[int, typer.Option(help="How many, with seeds seed, seed + 1, …")] = 1,
     sampler: Annotated[str | None, typer.Option(help="flow_unipc, flow_euler or flow_dpmpp.")] = None,
-    cache: Annotated[str, typer.Option(help="Feature cache policy.")] = "none",
+    cache: Annotated[str, typer.Option(help="How evaluations of the model are skipped: auto, or a policy's name.")] = "none",
+    cache_ratio: Annotated[float | None, typer.Option(help="Share of the steps to skip, 0 to 1.")] = None,
+    cache_params: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the policy; may be repeated.")] = None,
+    compare_cache: Annotated[bool, typer.Option("--compare-cache", help="Run without the cache too, and compare.")] = False,
     config: Annotated[str | None, typer.Option(help="YAML file of system parameters.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write what was done as JSON.")] = None,
@@ -93,6 +111,8 @@ def generate(
             num_outputs=num_outputs,
             sampler=sampler,
             cache=cache,
+            cache_ratio=cache_ratio,
+            cache_params=_named_values("cache_params", cache_params or []),
         )
         from smartdiff_jax.engine.pipeline import GenerateOutput, Pipeline
 
@@ -101,17 +121,17 @@ def generate(
         resolved = pipe.check(request)
         output = output or Path("out.mp4" if resolved.num_frames > 1 else "out.png")
         check_output(output, num_frames=resolved.num_frames, fps=resolved.fps)
-        result = None
         with _bars() as bars:
-            tasks = {}
-            for event in pipe.stream(request):
-                if isinstance(event, GenerateOutput):
-                    result = event
-                    break
-                if event.stage not in tasks:
-                    tasks[event.stage] = bars.add_task(event.stage, total=event.total)
-                bars.update(tasks[event.stage], completed=event.done)
-        assert result is not None, "a stream ends with its output"
+            show = _shown(bars)
+            if compare_cache:
+                from smartdiff_jax.engine.comparison import compare
+
+                comparison = compare(pipe, request, show)
+                result = comparison.cached
+            else:
+                comparison = None
+                *_, result = (show(event) for event in pipe.stream(request))
+        assert isinstance(result, GenerateOutput), "a stream ends with its output"
         paths = result.save(output)
         if report is not None:
             report.write_text(result.report.to_json())
@@ -119,8 +139,31 @@ def generate(
             console.print(f"[yellow]note:[/] {_escape(note)}", highlight=False)
         seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in result.report.seconds.items())
         console.print(f"seed {result.report.params['seed']}; {seconds}", highlight=False)
+        if cache != "none":
+            told = result.report.cache
+            console.print(f"cache {told['policy']}: {told['ratio']:.1%} skipped; {result.report.steps[0]}", highlight=False)
+        if comparison is not None:
+            likeness = ", ".join(
+                f"PSNR {p:.2f} dB, SSIM {s:.4f}" for p, s in zip(comparison.psnr, comparison.ssim, strict=True)
+            )
+            console.print(f"{comparison.speed_up:.2f} times as fast as without; {likeness}", highlight=False)
+            paths += comparison.side_by_side().save(output.with_stem(f"{output.stem}-compared"))
         for path in paths:
             print(path)
+
+
+def _shown(bars: Progress) -> Callable[[Any], Any]:
+    """Shows an event of a stream as a bar of its stage, and hands it back."""
+    tasks: dict[str, Any] = {}
+
+    def show(event: Any) -> Any:
+        if hasattr(event, "stage"):
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total)
+            bars.update(tasks[event.stage], completed=event.done)
+        return event
+
+    return show
 
 
 def _bars() -> Progress:
@@ -133,6 +176,48 @@ def _bars() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A known name, a folder, or a hub id.")],
+    weights: Annotated[str | None, typer.Option(help="Folder of a known model's weights.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line.", show_default="8 of our own")] = None,
+    num_inference_steps: Annotated[list[int], typer.Option("--num-inference-steps", "--steps", help="May be repeated.")] = [50],  # noqa: B006
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; a small one serves all.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="How many frames; few serve all.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of system parameters.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
+) -> None:
+    """Measure what a model's caches go by: a full run a prompt. The numbers are kept beside the weights."""
+    with _interruptible("nothing was written"):
+        from smartdiff_jax.engine.calibration import PROMPTS
+        from smartdiff_jax.engine.pipeline import Pipeline
+
+        wanted = PROMPTS if prompts is None else _lines(prompts)
+        with console.status(f"loading {model}"):
+            pipe = Pipeline.from_pretrained(model, weights=weights, system=config, dtype=dtype)
+        with _bars() as bars:
+            task = bars.add_task("calibrate", total=len(wanted) * len(num_inference_steps))
+            file = pipe.calibrate(
+                wanted,
+                num_inference_steps,
+                lambda event: bars.update(task, completed=event.done),
+                size=size,
+                num_frames=num_frames,
+            )
+    print(file)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except OSError as error:
+        raise InvalidRequest("prompts", str(file), f"cannot be read ({error.strerror}); give a text file") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise InvalidRequest("prompts", str(file), "holds no prompt; write one a line")
+    return lines
 
 
 @app.command()

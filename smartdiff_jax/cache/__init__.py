@@ -1,10 +1,13 @@
 """Feature caches, one file a policy."""
 
+from smartdiff_jax.cache.auto import Auto
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.blockdance import BlockDance
+from smartdiff_jax.cache.easycache import EasyCache
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
 from smartdiff_jax.cache.none import NoCache
+from smartdiff_jax.cache.schedule import Schedule
 from smartdiff_jax.cache.taylorseer import TaylorSeer
 from smartdiff_jax.cache.teacache import TeaCache
 from smartdiff_jax.errors import InvalidRequest
@@ -14,12 +17,15 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
     "cache",
     {
         "none": NoCache,
+        "auto": Auto,
         "teacache": TeaCache,
         "magcache": MagCache,
         "fbcache": FirstBlockCache,
         "dbcache": DualBlockCache,
         "blockdance": BlockDance,
         "taylorseer": TaylorSeer,
+        "easycache": EasyCache,
+        "schedule": Schedule,
     },
     error=InvalidRequest,
 )

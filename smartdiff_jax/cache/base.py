@@ -9,11 +9,12 @@ equal on every device. Its memory is part of the loop's carry.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Hidden = Any
@@ -36,6 +37,28 @@ class Step:
     timestep: Float[Array, ""]
     changed_weights: Bool[Array, ""]
     token_weights: Float[Array, " s"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What is known of a run before it begins; lives on the host.
+
+    sigmas: of its steps and the end.
+    restarts: steps from which on other weights serve (Wan 2.2's experts).
+    ratio: the share of steps that are to be skipped, of all of them; None leaves that to the policy.
+    given: the policy's parameters that the user set.
+    """
+
+    num_steps: int
+    sigmas: Float[np.ndarray, " t_plus_1"]
+    restarts: tuple[int, ...] = ()
+    ratio: float | None = None
+    given: frozenset[str] = frozenset()
+
+    @property
+    def budget(self) -> int | None:
+        """How many steps are computed: as near to the ratio as whole steps come, and one at least."""
+        return None if self.ratio is None else max(1, round((1.0 - self.ratio) * self.num_steps))
 
 
 @runtime_checkable
@@ -66,7 +89,25 @@ Evaluate = Callable[[State], tuple[Array, Array, State, Array]]
 
 
 class CachePolicy:
-    """The exact path, and what a policy changes of it: the memory of a branch's blocks, or of the whole step, or both."""
+    """The exact path, and what a policy changes of it: the memory of a branch's blocks, or of the whole step, or both.
+
+    A request makes one in two steps: `create` checks the user's parameters, `within` fits it to the run.
+    """
+
+    @classmethod
+    def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "CachePolicy":
+        """From a request's `cache_params`, and from what is known of the model, by policy. Raises InvalidRequest."""
+        raise NotImplementedError
+
+    def within(self, outlook: Outlook) -> "tuple[CachePolicy, tuple[str, ...]]":
+        """The policy that computes `outlook.budget` steps of this run, and what the user should know of it.
+
+        Raises InvalidRequest where it cannot. Without a ratio it is the policy itself.
+        """
+        raise NotImplementedError
+
+    def check_model(self, num_blocks: int) -> None:
+        """Raises InvalidRequest where a model of so many blocks has no room for it."""
 
     def init_blocks(self, hidden: Hidden) -> State:
         """A branch's memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""

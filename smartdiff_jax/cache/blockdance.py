@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int
 from pydantic import Field, model_validator
 
-from smartdiff_jax.cache.base import Hidden, Stack, Step
+from smartdiff_jax.cache.base import Hidden, Outlook, Stack, Step
 from smartdiff_jax.cache.block_cache import BlockCache, BlockMemory, Verdict
 from smartdiff_jax.cache.guards import GuardParams, Guards
 from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
@@ -50,6 +51,7 @@ class BlockDance(BlockCache):
     block: int | None = dataclasses.field(metadata={"static": True})
 
     adds: ClassVar[bool] = False
+    evenly: ClassVar[bool] = True
 
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "BlockDance":
@@ -71,6 +73,10 @@ class BlockDance(BlockCache):
                 "cache_params.block", self.block, f"the model has {num_blocks} blocks; give at most {num_blocks - 1}"
             )
         return 0, shared
+
+    def busy(self, outlook: Outlook) -> Bool[np.ndarray, " t"]:
+        index = np.arange(outlook.num_steps)
+        return (index < int(self.start)) | (index >= int(self.end))
 
     def judge(self, memory: BlockMemory, step: Step, stack: Stack, entering: Hidden) -> Verdict:
         outside = (step.index < self.start) | (step.index >= self.end)

@@ -97,7 +97,8 @@ class FirstBlockCache(BlockCache):
 
     def judge(self, memory: BlockMemory, step: Step, stack: Stack, entering: Hidden) -> Verdict:
         distance = relative_l1(self.reference(stack, entering), memory.reference, step.token_weights)
-        return Verdict(~jnp.all(distance < self.threshold))
+        threshold = self.guards.led(self.threshold, memory.counters, step)
+        return Verdict(~jnp.all(distance < threshold))
 
     def weights(self, at: Float[Array, " h"], count: Int[Array, ""], position: Float[Array, ""]) -> Float[Array, " h"]:
         return forecast(at, count, position, self.order, self.exact)

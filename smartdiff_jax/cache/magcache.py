@@ -92,7 +92,8 @@ class MagCache(BlockCache):
         so_far = jnp.where(memory.counters.skips_in_row == 0, 1.0, memory.score["ratio"])
         ratio = so_far * self.ratios[step.index]
         error = memory.score["error"] + jnp.abs(1.0 - ratio)
-        return Verdict(~jnp.all(error < self.threshold), score={"ratio": ratio, "error": error})
+        threshold = self.guards.led(self.threshold, memory.counters, step)
+        return Verdict(~jnp.all(error < threshold), score={"ratio": ratio, "error": error})
 
 
 def resample(table: Sequence[float] | np.ndarray, num_steps: int) -> np.ndarray:

@@ -41,6 +41,29 @@ def forecast(
     return jnp.where(exact, newton(at, count, position, order), taylor(at, count, position, order))
 
 
+def mean_slope(
+    at: Float[Array, " h"], count: Int[Array, ""], after: Float[Array, ""], following: Float[Array, ""], order: Order
+) -> Weights:
+    """MeanCache's form (arXiv 2601.19961): v_0 - J (following - after), with J the slope of v against its own mean.
+
+        J = (v_m - u) / (after - at[m]),  u = mean of the velocities from at[m] to `after`,  m = min(order, count) - 1
+
+    at: noise levels where the anchors' steps began, each ending where the next began and the newest at `after`. following: the
+    noise level at the end of the step to predict. The mean weighs each velocity by the length of its step, which under
+    Euler's method is the published (x(after) - x(at[m])) / (after - at[m]). With order 1 J is zero: v_0 is held. Where v is
+    linear in the noise level and all steps are equal, this is (order - 1) / (2 order) of the way that it moves.
+    """
+    size = at.shape[0]
+    oldest = jnp.clip(jnp.minimum(order, count), 1, size).astype(jnp.int32) - 1
+    lengths = jnp.concatenate([after[None], at[:-1]]) - at
+    within = jnp.arange(size) <= oldest
+    span = after - at[oldest]
+    mean = jnp.where(within, lengths, 0.0) / jnp.where(span == 0, 1.0, span)
+    slope = ((jnp.arange(size) == oldest) - mean) / jnp.where(span == 0, 1.0, span)
+    slope = jnp.where(oldest == 0, 0.0, slope)
+    return hold(at, count, following) - slope * (following - after)
+
+
 def _extrapolate(at, count, position, order, other, factor) -> Weights:
     """sum_j D_j prod_{i<j} factor(i), where D_{j+1} of anchor m is (D_j of m - D_j of m + 1) / (at[m] - at[other(m, j)]).
 

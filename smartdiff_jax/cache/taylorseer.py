@@ -5,7 +5,7 @@ One stream of memory where the paper keeps one for each module, which video mode
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class TaylorSeer(BlockCache):
     order: Int[Array, ""]
     exact: Bool[Array, ""]
     num_anchors: int = dataclasses.field(metadata={"static": True})
+
+    evenly: ClassVar[bool] = True
 
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "TaylorSeer":

@@ -30,11 +30,15 @@ Coefficients = tuple[float, ...]
 
 
 class TeaCacheNumbers(ModelNumbers):
-    """coefficients: of p, highest power first. rows: vectors in the time embedding, each as wide as the residual stream."""
+    """coefficients: of p, highest power first. rows: vectors in the time embedding, each as wide as the residual stream.
+
+    r2: the share of the variance that p explains, where it was calibrated here.
+    """
 
     signal: Signal = "modulated_input"
     rows: int = Field(1, ge=1)
     coefficients: Coefficients | None = Field(None, min_length=1, max_length=MAX_DEGREE + 1)
+    r2: float | None = None
 
 
 class TeaCacheParams(GuardParams):
@@ -84,20 +88,28 @@ class TeaCache(BlockCache):
 
     def init_blocks(self, hidden: Hidden) -> BlockMemory:
         stream = picture(hidden)
-        batch, _, width = stream.shape
-        if self.signal == "time_embedding":
-            previous = jnp.zeros((batch, self.rows, width), jnp.float32)
-        else:
-            previous = jnp.zeros_like(stream)
-        return dataclasses.replace(super().init_blocks(hidden), previous=previous, score=jnp.zeros(batch))
+        previous = empty_signal(self.signal, self.rows, stream)
+        return dataclasses.replace(super().init_blocks(hidden), previous=previous, score=jnp.zeros(stream.shape[0]))
 
     def judge(self, memory: BlockMemory, step: Step, stack: Stack, entering: Hidden) -> Verdict:
         of_time = self.signal == "time_embedding"
-        signal = stack.time_embedding() if of_time else stack.modulated_input()
-        signal = signal.astype(memory.previous.dtype)
+        signal = signal_of(self.signal, stack).astype(memory.previous.dtype)
         # The step before, computed or not: p is fitted to distances of neighbours.
         distance = relative_l1(signal, memory.previous, None if of_time else step.token_weights)
         moved = jnp.polyval(self.coefficients, distance)
         score = memory.score + jnp.where(self.clamp_nonneg, jnp.maximum(moved, 0.0), moved)
+        threshold = self.guards.led(self.threshold, memory.counters, step)
         # One sample of a batch that wants to be computed is enough: no picture is the worse for its neighbours.
-        return Verdict(~jnp.all(score < self.threshold), previous=signal, score=score)
+        return Verdict(~jnp.all(score < threshold), previous=signal, score=score)
+
+
+def empty_signal(signal: Signal, rows: int, stream: Float[Array, "b s d"]) -> Array:
+    """Zeros where a signal will be remembered, for a stream like this one. rows: vectors in the time embedding."""
+    if signal == "time_embedding":
+        return jnp.zeros((stream.shape[0], rows, stream.shape[2]), jnp.float32)
+    return jnp.zeros_like(stream)
+
+
+def signal_of(signal: Signal, stack: Stack) -> Array:
+    """What the decision looks at."""
+    return stack.time_embedding() if signal == "time_embedding" else stack.modulated_input()

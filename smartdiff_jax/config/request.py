@@ -24,6 +24,9 @@ class GenerateParams(BaseModel):
     guidance_scale_2: of the low-noise expert, for models with two experts.
     shift: how far the schedule leans to high noise.
     seed: None draws one, which the report tells; output i of several is the picture of seed + i alone.
+    cache: how evaluations of the model are skipped; "auto" is the best that is known for the model.
+    cache_ratio: the share of the steps that is skipped, of all of them; None leaves it to the policy ("auto" skips half).
+    cache_params: numbers of the policy, by name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
@@ -41,6 +44,8 @@ class GenerateParams(BaseModel):
     num_outputs: int = Field(1, ge=1, le=64)
     sampler: str | None = None
     cache: str = "none"
+    cache_ratio: float | None = Field(None, ge=0.0, lt=1.0, allow_inf_nan=False)
+    cache_params: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("size", mode="before")
     @classmethod
@@ -79,6 +84,8 @@ class ResolvedParams(BaseModel):
     num_outputs: int
     sampler: str
     cache: str
+    cache_ratio: float | None
+    cache_params: dict[str, Any]
 
 
 def resolve(
@@ -124,6 +131,8 @@ def resolve(
         num_outputs=params.num_outputs,
         sampler=_first(params.sampler, defaults.sampler),
         cache=params.cache,
+        cache_ratio=params.cache_ratio,
+        cache_params=params.cache_params,
     )
 
 

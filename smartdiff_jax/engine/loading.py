@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from smartdiff_jax.cache.published import published_numbers
 from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, bundled_folder, known_models
 from smartdiff_jax.config.shift import LinearShift
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine.calibration import calibration_files, read_calibration
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
 from smartdiff_jax.models.families import FAMILIES, Family, family_of_pipeline
@@ -42,6 +44,7 @@ class LoadedModel:
     """Weights on the mesh and what is needed to run them. Pairs are (graphdef, weights).
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
+    cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go.
     """
 
     spec: ModelSpec
@@ -55,6 +58,8 @@ class LoadedModel:
     denoiser_graph: Any
     denoisers: list[Any]
     configs: dict[str, Any]
+    cache_numbers: dict[str, Any]
+    calibration_file: Path
 
     @cached_property
     def patches(self) -> Patches:
@@ -128,6 +133,13 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         pad_id = find_pad_id(component.path, default=folder.require(source.encoder).config.get("pad_token_id"))
         tokenizers[source.tokenizer] = load_tokenizer(component.path), pad_id
         limits[source.tokenizer] = min(source.max_length, int(component.config.get("model_max_length", source.max_length)))
+    transformer = folder.require("transformer")
+    files = calibration_files(
+        folder,
+        spec.bundled,
+        system.cache_dir,
+        lambda: store_key(family.architectures["transformer"], configs["transformer"], transformer.files, dtype),
+    )
     return LoadedModel(
         spec=spec,
         family=family,
@@ -140,6 +152,8 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         denoiser_graph=components["transformer"][0],
         denoisers=[components[name][1] for name in ("transformer", "transformer_2") if name in components],
         configs=configs,
+        cache_numbers=published_numbers(spec.name) | read_calibration(files),
+        calibration_file=files[0],
     )
 
 

@@ -17,7 +17,8 @@ class Report:
 
     params: the resolved request, seed included.
     seconds: wall time by stage, compilation included where it happened.
-    steps: one letter a step and output: F the model was evaluated, . it was not.
+    steps: one letter a step and output: F the model was evaluated, . it was not, h one of two branches was.
+    cache: the policy that ran and its numbers, "ratio" the share of evaluations that was skipped, "bytes" what it remembered.
     shapes: latents, tokens and frames.
     mesh: the devices used.
     peak_memory: the most bytes in use, on the device where it tells, else of the process.
@@ -27,6 +28,7 @@ class Report:
     params: dict[str, Any]
     seconds: dict[str, float]
     steps: list[str]
+    cache: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     mesh: str
     dtype: str

@@ -12,32 +12,36 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 
-from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.cache.base import CachePolicy
+from smartdiff_jax.cache.recorder import Recorder
 from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams, resolve
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine.caching import describe_policy, executed_letters, memory_bytes, policy_for, skipped_share
+from smartdiff_jax.engine.calibration import MIN_STEPS, PROMPTS, Recording, numbers_from, signal_of, write_calibration
 from smartdiff_jax.engine.loading import LoadedModel, load_model
 from smartdiff_jax.engine.output import GenerateOutput, Report
 from smartdiff_jax.errors import Cancelled, InvalidConfig, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
-from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Schedule, Spacing
+from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Sampler, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.decode import Decode
-from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, denoise, split_experts
+from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, Expert, denoise, split_experts
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
@@ -56,6 +60,17 @@ class Inputs:
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
     pooled_prompt_embeds: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Course:
+    """How the loop will go for one request."""
+
+    sampler: Sampler
+    schedule: Schedule
+    experts: list[Expert]
+    policy: CachePolicy
+    notes: tuple[str, ...]
 
 
 class Pipeline:
@@ -84,6 +99,7 @@ class Pipeline:
             model.dtype,
         )
         self._layout = layout
+        self._num_blocks = nnx.merge(model.denoiser_graph, model.denoisers[0]).num_blocks
         guidance = GUIDANCE["batched" if system.mesh.cfg > 1 else system.guidance](layout.as_branches)
         combine = combine_for(model.spec.sampling)
         self._loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, model.dtype, layout)
@@ -152,16 +168,23 @@ class Pipeline:
 
     def check(self, request: GenerateParams) -> ResolvedParams:
         """The request with all defaults filled in, or InvalidRequest."""
-        resolved = resolve(
+        return self._prepare(request)[0]
+
+    def _prepare(self, request: GenerateParams) -> tuple[ResolvedParams, _Course]:
+        """All that can be wrong with a request is found here, before anything runs."""
+        params = resolve(
             request,
             self.spec,
             size_multiple=self._model.size_multiple,
             frame_multiple=self._model.temporal_stride,
             count_tokens=self._model.count_tokens,
         )
-        for table, name in ((SAMPLERS, resolved.sampler), (POLICIES, resolved.cache)):
-            table[name]  # an unknown name is an error here, and not half-way
-        return resolved
+        sampler, defaults, steps = SAMPLERS[params.sampler], self.spec.sampling, params.num_inference_steps
+        schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
+        experts = split_experts(self._model.denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
+        restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
+        policy, notes = policy_for(params, self._model.cache_numbers, self._num_blocks, schedule, restarts)
+        return params, _Course(sampler, schedule, experts, policy, notes)
 
     def stream(
         self, request: GenerateParams, inputs: Inputs = Inputs(), output_type: str = "uint8"
@@ -169,7 +192,7 @@ class Pipeline:
         """The request as a generator: Progress between chunks, the GenerateOutput last."""
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
-        params = self.check(request)
+        params, course = self._prepare(request)
         clock = _Clock()
         shape = self._model.latent_shape(params.width, params.height, params.num_frames)
         is_picture = self._model.family.task == "t2i"
@@ -182,30 +205,24 @@ class Pipeline:
         clock.lap("text", branches)
         yield Progress("text", 1, 1)
 
-        sampler = SAMPLERS[params.sampler]
-        defaults = self.spec.sampling
-        schedule = sampler.schedule(params.num_inference_steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
-        timesteps = np.asarray(schedule.timesteps)
-        experts = split_experts(self._model.denoisers, timesteps, params.num_inference_steps, defaults.boundary)
-        scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
-
-        results, frames, steps = [], [], []
+        scales = self._scales(params, course)
+        results, frames, steps, remembered = [], [], [], 0
         num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
-        padded = num_tokens if self._layout.padding(num_tokens) else None
         total = params.num_inference_steps * len(batches)
         for number, batch in enumerate(batches):
             # Every device of the data axis gets as many outputs: the last is made again where they do not divide.
             indices = [min(index, num_outputs - 1) for index in batch]
             tokens = self._pack(self._noise(params.seed, shape, indices) if noise is None else noise[indices])
-            policy = POLICIES[params.cache]()
-            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded):
+            for event in self._denoise(params, course, tokens, branches):
                 if isinstance(event, Progress):
                     yield Progress("denoise", number * params.num_inference_steps + event.done, total)
                 else:
                     result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
                     wanted = range(batch.start, min(batch.stop, num_outputs))
-                    steps += [_executed(event, schedule)] * len(wanted)
+                    executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, scales)
+                    steps += [executed] * len(wanted)
+                    remembered = max(remembered, memory_bytes(event.cache_state))
             clock.lap("denoise", result)
             results.append(np.asarray(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
@@ -221,6 +238,7 @@ class Pipeline:
             params=params.model_dump(),
             seconds=clock.seconds,
             steps=steps,
+            cache=describe_policy(course.policy) | {"ratio": skipped_share(steps), "bytes": remembered},
             shapes={
                 "latents": latents.shape,
                 "tokens": tuple(tokens.shape),
@@ -229,9 +247,77 @@ class Pipeline:
             mesh=describe(self._model.mesh),
             dtype=self._model.dtype.name,
             peak_memory=_peak_memory(self._model.mesh.devices.flat[0]),
-            notes=encoded.notes,
+            notes=encoded.notes + course.notes,
         )
         yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
+
+    def calibrate(
+        self,
+        prompts: Sequence[str] = PROMPTS,
+        num_inference_steps: Sequence[int] = (50,),
+        on_progress: OnProgress | None = None,
+        **params: Any,
+    ) -> Path:
+        """Measure what this model's caches go by, write it to a file (see `engine.calibration`), and use it from now on.
+
+        One full run a prompt and number of steps. params: other fields of GenerateParams; the first seed is 0.
+        Raises InvalidRequest, and OSError where the file cannot be written.
+        """
+        for steps in num_inference_steps:
+            if steps < MIN_STEPS:
+                raise InvalidRequest("num_inference_steps", steps, f"give at least {MIN_STEPS} to calibrate by")
+        known = self._model.cache_numbers
+        signal = signal_of(self.spec.family, known)
+        seed, total = params.pop("seed", 0), len(prompts) * len(num_inference_steps)
+        recordings: dict[int, list[Recording]] = {}
+        for steps in num_inference_steps:
+            for index, prompt in enumerate(prompts):
+                request = GenerateParams.create(prompt=prompt, num_inference_steps=steps, seed=seed + index, **params)
+                recordings.setdefault(steps, []).append(self._record(request, Recorder(steps, **signal)))
+                if on_progress is not None:
+                    on_progress(Progress("calibrate", sum(map(len, recordings.values())), total))
+        source = f"calibrated with {len(prompts)} prompts, {', '.join(map(str, num_inference_steps))} steps"
+        numbers = numbers_from(recordings, source, signal, known)
+        write_calibration(self._model.calibration_file, numbers)
+        self._model = dataclasses.replace(self._model, cache_numbers=known | numbers)
+        return self._model.calibration_file
+
+    def _record(self, request: GenerateParams, recorder: Recorder) -> Recording:
+        """A full run of one output, and what the recorder wrote down."""
+        resolved, course = self._prepare(request)
+        shape = self._model.latent_shape(resolved.width, resolved.height, resolved.num_frames)
+        branches = self._branches(resolved, self._encode(resolved, Inputs()), self._model.patches.grid(shape))
+        tokens = self._pack(self._noise(resolved.seed, shape, [0]))
+        *_, carry = self._denoise(resolved, dataclasses.replace(course, policy=recorder), tokens, branches)
+        (signals, _), (latents, velocities) = carry.cache_state
+        count = self._model.count_tokens(resolved.width, resolved.height, resolved.num_frames)
+        return Recording(
+            signals=jax.tree.map(np.asarray, signals),
+            latents=np.asarray(latents)[:, :, :count],
+            velocities=np.asarray(velocities)[:, :, :count],
+            sigmas=np.asarray(course.schedule.sigmas, np.float64)[: recorder.num_steps],
+        )
+
+    def _denoise(
+        self, params: ResolvedParams, course: _Course, tokens: Any, branches: Conditioning
+    ) -> Iterator[Progress | DenoiseCarry]:
+        num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
+        padded = num_tokens if self._layout.padding(num_tokens) else None
+        return denoise(
+            self._loop,
+            course.experts,
+            tokens,
+            branches,
+            course.schedule,
+            self._scales(params, course),
+            course.policy,
+            course.sampler,
+            padded,
+        )
+
+    def _scales(self, params: ResolvedParams, course: _Course) -> Float[np.ndarray, " max_steps"]:
+        ends = [expert.last for expert in course.experts]
+        return guidance_table(params, self.spec.sampling, np.asarray(course.schedule.timesteps), ends)
 
     def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:
         """What each branch of guidance is told."""
@@ -304,12 +390,6 @@ class _Clock:
 def _stacked(pairs: tuple[Any, ...]) -> Any:
     """A rotary table (cos, sin) for each branch, to one of all branches [n, 1, s, r]; None where the model has none."""
     return None if pairs[0] is None else tuple(np.stack(table)[:, None] for table in zip(*pairs, strict=True))
-
-
-def _executed(carry: DenoiseCarry, schedule: Schedule) -> str:
-    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did."""
-    done = np.asarray(carry.executed)[: int(schedule.num_steps)]
-    return "".join("F" if step[0] else "h" if step.any() else "." for step in done)
 
 
 def _peak_memory(device: Any) -> int:

@@ -1,0 +1,84 @@
+"""From the cache fields of a request to the policy that runs, and what the report says of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.cache.base import CachePolicy, Outlook
+from smartdiff_jax.config.request import ResolvedParams
+from smartdiff_jax.samplers.base import Schedule
+
+MAX_SHOWN = 1
+"""Arrays of more elements are tables, which a report leaves out."""
+
+
+def policy_for(
+    params: ResolvedParams, model_numbers: dict[str, Any], num_blocks: int, schedule: Schedule, restarts: tuple[int, ...]
+) -> tuple[CachePolicy, tuple[str, ...]]:
+    """The policy of a request, and notes for its report. Raises InvalidRequest for what cannot be served.
+
+    restarts: steps from which on other weights serve.
+    """
+    steps = params.num_inference_steps
+    outlook = Outlook(
+        num_steps=steps,
+        sigmas=np.asarray(schedule.sigmas, np.float64)[: steps + 1],
+        restarts=restarts,
+        ratio=params.cache_ratio,
+        given=frozenset(params.cache_params),
+    )
+    policy, notes = POLICIES[params.cache].create(steps, model_numbers, **params.cache_params).within(outlook)
+    policy.check_model(num_blocks)
+    if restarts and params.cache != "none":
+        notes = *notes, f"cache: nothing is remembered over the change of experts before step {restarts[0]}"
+    return policy, notes
+
+
+def executed_letters(
+    executed: Bool[np.ndarray, "max_steps n"], num_steps: int, guidance_scale: Float[np.ndarray, " max_steps"]
+) -> str:
+    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did.
+
+    At guidance scale 1 the positive branch is the only one that runs.
+    """
+    running = [step[: 1 if scale == 1.0 else None] for step, scale in zip(executed, guidance_scale, strict=True)]
+    return "".join("F" if step.all() else "h" if step.any() else "." for step in running[:num_steps])
+
+
+def skipped_share(letters: list[str]) -> float:
+    """Of all evaluations of all outputs."""
+    every = "".join(letters)
+    return round(1.0 - (every.count("F") + 0.5 * every.count("h")) / len(every), 4)
+
+
+def describe_policy(policy: CachePolicy) -> dict[str, Any]:
+    """The policy's numbers by name, tables left out."""
+    return {"policy": type(policy).__name__} | _numbers(policy)
+
+
+def _numbers(value: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        name, item = field.name, getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            found |= _numbers(item)
+        elif isinstance(item, jax.Array | np.ndarray | np.generic):
+            if np.size(item) <= MAX_SHOWN:
+                found[name] = _rounded(np.asarray(item).item())
+        elif isinstance(item, str | int | float | bool | None):
+            found[name] = item
+    return found
+
+
+def _rounded(number: Any) -> Any:
+    """Float32 as it was written."""
+    return float(f"{number:.7g}") if isinstance(number, float) else number
+
+
+def memory_bytes(cache_state: Any) -> int:
+    """Of what a policy remembers of one batch, on all devices together."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache_state))
