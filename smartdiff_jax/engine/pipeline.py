@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.stages.base import Progress
+from smartdiff_jax.stages.checkpoint import Checkpoint, to_host
 from smartdiff_jax.stages.decode import Decode
-from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, denoise, split_experts
+from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, denoise, split_experts
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
@@ -56,6 +57,19 @@ class Inputs:
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
     pooled_prompt_embeds: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pause(Progress):
+    """Progress at a place where a request can be left, and taken up by another process.
+
+    checkpoint: copies it to the host; to be called before the stream goes on.
+    preview: what the first output would be if it were finished now, uint8 [height, width, 3], of a video its first frame;
+        None but at the steps asked for.
+    """
+
+    checkpoint: Callable[[], Checkpoint]
+    preview: Callable[[], np.ndarray] | None = None
 
 
 class Pipeline:
@@ -164,9 +178,18 @@ class Pipeline:
         return resolved
 
     def stream(
-        self, request: GenerateParams, inputs: Inputs = Inputs(), output_type: str = "uint8"
+        self,
+        request: GenerateParams,
+        inputs: Inputs = Inputs(),
+        output_type: str = "uint8",
+        resume: Checkpoint | None = None,
+        stops: Collection[int] = (),
     ) -> Iterator[Progress | GenerateOutput]:
-        """The request as a generator: Progress between chunks, the GenerateOutput last."""
+        """The request as a generator: Progress between chunks, the GenerateOutput last.
+
+        What it yields in its stage "denoise" is a Pause. resume: go on from there, with the same request (seed included)
+        and inputs. stops: steps of the first output after which it pauses with a preview.
+        """
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
         params = self.check(request)
@@ -189,7 +212,7 @@ class Pipeline:
         experts = split_experts(self._model.denoisers, timesteps, params.num_inference_steps, defaults.boundary)
         scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
 
-        results, frames, steps = [], [], []
+        results, frames, steps = ([], [], []) if resume is None else (list(resume.results), [], list(resume.steps))
         num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
         padded = num_tokens if self._layout.padding(num_tokens) else None
@@ -198,19 +221,23 @@ class Pipeline:
             # Every device of the data axis gets as many outputs: the last is made again where they do not divide.
             indices = [min(index, num_outputs - 1) for index in batch]
             tokens = self._pack(self._noise(params.seed, shape, indices) if noise is None else noise[indices])
-            policy = POLICIES[params.cache]()
-            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded):
-                if isinstance(event, Progress):
-                    yield Progress("denoise", number * params.num_inference_steps + event.done, total)
-                else:
-                    result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
-                    wanted = range(batch.start, min(batch.stop, num_outputs))
-                    steps += [_executed(event, schedule)] * len(wanted)
-            clock.lap("denoise", result)
-            results.append(np.asarray(result)[: len(wanted)])
+            wanted = range(batch.start, min(batch.stop, num_outputs))
+            if number == len(results):
+                here = resume if resume is not None and resume.batch == number else None
+                policy, kept = POLICIES[params.cache](), (number, tuple(results), tuple(steps))
+                loop = (self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded)
+                for event in denoise(*loop, resume=here, stops=stops if number == 0 else ()):
+                    if isinstance(event, ChunkDone):
+                        done = number * params.num_inference_steps + event.done
+                        yield self._pause(Progress("denoise", done, total), event, kept, self._model.patches.grid(shape))
+                    else:
+                        result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
+                        steps += [_executed(event, schedule)] * len(wanted)
+                clock.lap("denoise", result)
+                results.append(np.asarray(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
-                one = results[-1][index - batch.start : index - batch.start + 1]
+                one = results[number][index - batch.start : index - batch.start + 1]
                 frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
@@ -232,6 +259,26 @@ class Pipeline:
             notes=encoded.notes,
         )
         yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
+
+    def _pause(
+        self,
+        progress: Progress,
+        event: ChunkDone,
+        kept: tuple[int, tuple[np.ndarray, ...], tuple[str, ...]],
+        grid: tuple[int, int, int],
+    ) -> Pause:
+        batch, results, steps = kept
+        estimate = event.estimate
+
+        def preview() -> np.ndarray:
+            latents = self._unpack(estimate, grid=grid)[:1, :, :1]
+            return np.asarray(self._decode(latents))[0, 0]
+
+        return Pause(
+            *dataclasses.astuple(progress),
+            checkpoint=lambda: Checkpoint(batch, event.done, to_host(event.carry), results, steps),
+            preview=None if estimate is None else preview,
+        )
 
     def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:
         """What each branch of guidance is told."""
