@@ -1,4 +1,4 @@
-"""The command line: generate, models, mesh, convert, train. Wrong input is one line on stderr and exit code 2."""
+"""The `smartdiff` command. Wrong input is one line on stderr and exit code 2."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smartdiff_jax import cli_mesh
+from smartdiff_jax import cli_mesh, cli_serve
 from smartdiff_jax.errors import SmartdiffError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_mesh.app, name="mesh")
+cli_serve.add_to(app)
 console = Console(stderr=True)
 
 

@@ -177,6 +177,19 @@ class Pipeline:
             table[name]  # an unknown name is an error here, and not half-way
         return resolved
 
+    def count_tokens(self, params: ResolvedParams) -> int:
+        """Of one output."""
+        return self._model.count_tokens(params.width, params.height, params.num_frames)
+
+    @property
+    def frame_multiple(self) -> int:
+        """Frames are 1 more than a multiple of it; 0 for a picture model."""
+        return self._model.temporal_stride
+
+    def describe(self) -> str:
+        """The devices and the dtype it computes in."""
+        return f"{describe(self._model.mesh)} {self._model.dtype.name}"
+
     def stream(
         self,
         request: GenerateParams,
@@ -213,7 +226,7 @@ class Pipeline:
         scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
 
         results, frames, steps = ([], [], []) if resume is None else (list(resume.results), [], list(resume.steps))
-        num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
+        num_tokens = self.count_tokens(params)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
         padded = num_tokens if self._layout.padding(num_tokens) else None
         total = params.num_inference_steps * len(batches)
