@@ -111,7 +111,7 @@ def submit(
     api_key: Key = None,
 ) -> None:
     """Queue a request at a running service; prints the job's id, or with -o waits and prints the file."""
-    fields = dict(
+    fields: dict[str, Any] = dict(
         model=model, size=size, num_frames=num_frames, num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale, seed=seed, priority=priority,
     )  # fmt: skip

@@ -26,14 +26,14 @@ class ServiceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     store: str = "sqlite:///jobs.db"
     artifacts: str = "artifacts"
     keys: Path | None = None
-    max_queued: int = Field(256, ge=1)
-    max_megapixels: float = Field(1000.0, gt=0)
-    keep_hours: float = Field(24.0, gt=0)
-    checkpoint_seconds: float = Field(10.0, ge=0)
+    max_queued: int = Field(default=256, ge=1)
+    max_megapixels: float = Field(default=1000.0, gt=0)
+    keep_hours: float = Field(default=24.0, gt=0)
+    checkpoint_seconds: float = Field(default=10.0, ge=0)
 
     @classmethod
     def create(cls, **fields: Any) -> "ServiceConfig":
@@ -61,10 +61,10 @@ class ApiKey(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    share: float = Field(1.0, gt=0, le=1000)
-    max_running: int = Field(64, ge=1)
-    max_queued: int = Field(256, ge=1)
-    max_work: float | None = Field(None, gt=0)
+    share: float = Field(default=1.0, gt=0, le=1000)
+    max_running: int = Field(default=64, ge=1)
+    max_queued: int = Field(default=256, ge=1)
+    max_work: float | None = Field(default=None, gt=0)
     admin: bool = False
 
 

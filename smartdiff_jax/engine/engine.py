@@ -368,9 +368,16 @@ class Engine:
         mine = self.store.heartbeat(self.name)
         with self._turn:
             for job_id in known:
-                if (run := self._runs.get(job_id)) is not None and run.progress.stage != "media":
-                    run.lost |= job_id not in mine
-                    run.cancelled |= mine.get(job_id, False)
+                if (run := self._runs.get(job_id)) is None or run.progress.stage == "media":
+                    continue
+                if job_id not in mine:
+                    run.lost = True
+                    continue
+                cancelled, priority = mine[job_id]
+                run.cancelled |= cancelled
+                if priority != run.job.priority and job_id in self._scheduler:
+                    run.job = deliver.updated(run.job, priority=priority, device_seconds=run.device_seconds)
+                    self._scheduler.put(self._entry(run.job))
             self._turn.notify_all()
 
     def _refresh(self) -> None:

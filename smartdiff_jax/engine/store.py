@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
 
-from smartdiff_jax.engine.job import FINAL, TRANSITIONS, Job, Priority, State
+from smartdiff_jax.engine.job import FINAL, Job, Priority, State
 from smartdiff_jax.errors import InvalidConfig, SmartdiffError
 
 LEASE_SECONDS = 15.0
@@ -22,15 +23,16 @@ MAX_ATTEMPTS = 5
 """How often a job is begun without getting further; one that kills its engine every time must end."""
 POISONED = {"code": "engine_died", "message": f"the engine died {MAX_ATTEMPTS} times while it ran this job"}
 BUSY_SECONDS = 10.0
-COLUMNS: dict[str, Any] = {str: sa.Text, float: sa.Float, int: sa.Integer, bool: sa.Boolean}
+COLUMNS: dict[Any, Any] = {str: sa.Text, float: sa.Float, int: sa.Integer, bool: sa.Boolean}
 
 metadata = sa.MetaData()
 
 
 def _column(field: dataclasses.Field) -> sa.Column:
-    plain = next((kind for kind in (str, float, bool, int) if field.type in (kind, kind | None)), None)
-    text = field.name in ("state", "priority")
-    kind = COLUMNS[str if text else plain] if text or plain else sa.JSON(none_as_null=True)
+    plain = next((kind for kind in COLUMNS if field.type in (kind, kind | None)), None)
+    if field.name in ("state", "priority"):
+        plain = str
+    kind = sa.JSON(none_as_null=True) if plain is None else COLUMNS[plain]
     return sa.Column(field.name, kind, primary_key=field.name == "id")
 
 
@@ -79,8 +81,8 @@ class JobStore:
             options = {"timeout": BUSY_SECONDS} if self._is_sqlite else {}
             self._db = sa.create_engine(parsed, connect_args=options, pool_pre_ping=not self._is_sqlite)
             if self._is_sqlite:
-                sa.event.listen(self._db, "connect", _wal)
-                sa.event.listen(self._db, "begin", _begin)
+                event.listen(self._db, "connect", _wal)
+                event.listen(self._db, "begin", _begin)
             metadata.create_all(self._db)
             found = {column["name"] for column in sa.inspect(self._db).get_columns("jobs")}
         except (ArgumentError, OperationalError, ImportError) as error:
@@ -178,13 +180,13 @@ class JobStore:
                 return None
             return _job(connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one())
 
-    def heartbeat(self, engine: str) -> dict[str, bool]:
-        """Renew the leases of an engine's jobs; returns them, and of each whether it is to be cancelled."""
+    def heartbeat(self, engine: str) -> dict[str, tuple[bool, Priority]]:
+        """Renew the leases of an engine's jobs; returns them, and of each whether it is to be cancelled, and its priority."""
         mine = (jobs.c.engine == engine) & (jobs.c.state == "running")
         with self._db.begin() as connection:
             connection.execute(jobs.update().where(mine).values(lease_until=self._clock() + LEASE_SECONDS))
-            rows = connection.execute(sa.select(jobs.c.id, jobs.c.cancel_requested).where(mine))
-            return {row.id: bool(row.cancel_requested) for row in rows}
+            rows = connection.execute(sa.select(jobs.c.id, jobs.c.cancel_requested, jobs.c.priority).where(mine))
+            return {job_id: (bool(cancelled), priority) for job_id, cancelled, priority in rows}
 
     def progress(self, job_id: str, engine: str, *, got_further: bool = False, **values: Any) -> bool:
         """Set `stage`, `done`, `total`, `device_seconds`, `previews_made`; False if the job is this engine's no more.
@@ -218,7 +220,7 @@ class JobStore:
 
     def reprioritise(self, job_id: str, priority: Priority) -> bool:
         """For a job that is not finished."""
-        return self._change(job_id, *[state for state in TRANSITIONS if state not in FINAL], priority=priority)
+        return self._change(job_id, "queued", "running", priority=priority)
 
     def forget(self, job_id: str) -> None:
         """Let a job end and expire now: nobody sees it any more, and the next sweep removes it and its files."""
@@ -247,7 +249,7 @@ class JobStore:
     def load_rates(self) -> dict[str, tuple[float, int]]:
         """Measured seconds by bucket, and how many measurements they are the mean of."""
         with self._reading() as connection:
-            return {row.bucket: (row.seconds, row.count) for row in connection.execute(sa.select(rates))}
+            return {bucket: (seconds, count) for bucket, seconds, count in connection.execute(sa.select(rates))}
 
     def save_rates(self, changed: dict[str, tuple[float, int]]) -> None:
         with self._db.begin() as connection:

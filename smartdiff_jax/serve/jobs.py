@@ -48,7 +48,7 @@ async def submit(service: Service, caller: ApiKey, submission: Submission) -> tu
         raise ServiceError(429, message, code="queue_full", retry_after=retry_after) from None
 
 
-@router.post("/v1/jobs", status_code=202, response_model=JobView)
+@router.post("/v1/jobs", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
 async def create_job(
     body: JobRequest, response: Response, service: ServiceOf, caller: Caller, idempotency_key: IdempotencyKey = None
 ):
@@ -93,10 +93,10 @@ async def get_job(job_id: str, service: ServiceOf, caller: Caller):
 
 @router.patch("/v1/jobs/{job_id}", response_model=JobView)
 async def change_job(job_id: str, body: JobChange, service: ServiceOf, caller: Caller):
-    """Another priority, for a job that still waits."""
+    """Another priority, for a job that has not ended."""
     job = await service.find(caller, job_id)
     if not await run_in_threadpool(service.engine.store.reprioritise, job.id, body.priority):
-        raise ServiceError(409, f"{job.id} waits no more", code="job_begun")
+        raise ServiceError(409, f"{job.id} has ended", code="job_ended")
     service.engine.notice()
     return service.view(await service.find(caller, job_id))
 

@@ -3,11 +3,13 @@
 import re
 import secrets
 
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smartdiff_jax.serve.errors import ServiceError, answer
 
 MAX_BODY = 1 << 20
+TOO_LONG = f"a request's body may have {MAX_BODY:,} bytes"
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -40,7 +42,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started = False
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY:
+            return await answer(ServiceError(413, TOO_LONG, code="body_too_large"))(scope, receive, send)
         size = 0
 
         async def counted() -> Message:
@@ -48,24 +52,7 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > MAX_BODY:
-                raise _TooLong
+                raise HTTPException(413, TOO_LONG)  # the one exception that FastAPI lets through while it reads a body
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            length = dict(scope["headers"]).get(b"content-length", b"0")
-            if length.isdigit() and int(length) > MAX_BODY:
-                raise _TooLong
-            await self.app(scope, counted, watched)
-        except _TooLong:
-            if not started:
-                error = ServiceError(413, f"a request's body may have {MAX_BODY:,} bytes", code="body_too_large")
-                await answer(error)(scope, receive, send)
-
-
-class _TooLong(Exception):
-    pass
+        await self.app(scope, counted, send)

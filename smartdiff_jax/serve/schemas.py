@@ -15,10 +15,10 @@ class JobRequest(GenerateParams):
     previews: pictures on the way, spread over the steps.
     """
 
-    model: str | None = Field(None, max_length=200)
-    output_format: str | None = Field(None, max_length=10)
+    model: str | None = Field(default=None, max_length=200)
+    output_format: str | None = Field(default=None, max_length=10)
     priority: Priority = "normal"
-    previews: int = Field(0, ge=0, le=8)
+    previews: int = Field(default=0, ge=0, le=8)
 
     def params(self) -> GenerateParams:
         return GenerateParams.create(**{name: getattr(self, name) for name in GenerateParams.model_fields})
@@ -85,18 +85,18 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(max_length=20_000)
-    model: str | None = Field(None, max_length=200)
-    n: int | None = Field(None, ge=1, le=10)
-    size: str | None = Field(None, max_length=20)
+    model: str | None = Field(default=None, max_length=200)
+    n: int | None = Field(default=None, ge=1, le=10)
+    size: str | None = Field(default=None, max_length=20)
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "webp", "jpeg"] | None = None
     stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=3)
+    partial_images: int | None = Field(default=None, ge=0, le=3)
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    negative_prompt: str | None = Field(None, max_length=20_000)
+    negative_prompt: str | None = Field(default=None, max_length=20_000)
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
@@ -128,10 +128,10 @@ class VideoRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(max_length=20_000)
-    model: str | None = Field(None, max_length=200)
-    seconds: float | None = Field(None, gt=0, le=3600, allow_inf_nan=False)
-    size: str | None = Field(None, max_length=20)
-    negative_prompt: str | None = Field(None, max_length=20_000)
+    model: str | None = Field(default=None, max_length=200)
+    seconds: float | None = Field(default=None, gt=0, le=3600, allow_inf_nan=False)
+    size: str | None = Field(default=None, max_length=20)
+    negative_prompt: str | None = Field(default=None, max_length=20_000)
     num_frames: int | None = None
     fps: int | None = None
     num_inference_steps: int | None = None

@@ -65,7 +65,7 @@ async def _body(request: Request) -> VideoRequest:
     if not isinstance(fields, dict):
         raise ServiceError(400, "the body must be an object", code="invalid_json")
     try:
-        return VideoRequest(**{str(name): value for name, value in fields.items()})
+        return VideoRequest.model_validate(fields)
     except ValidationError as error:
         raise_invalid(error, InvalidRequest, VideoRequest)
 

@@ -88,7 +88,7 @@ def test_a_silent_engine_loses_its_jobs_and_a_living_one_keeps_them(store, clock
     dead, alive = submit(store, clock), submit(store, clock)
     store.claim(dead.id, "dead"), store.claim(alive.id, "alive")
     clock.now += LEASE_SECONDS * 0.7
-    assert store.heartbeat("alive") == {alive.id: False}
+    assert store.heartbeat("alive") == {alive.id: (False, "normal")}
     clock.now += LEASE_SECONDS * 0.7
     assert [job.id for job in store.waiting()] == [dead.id]
     assert store.claim(dead.id, "alive").attempts == 2
@@ -113,7 +113,7 @@ def test_cancel_reaches_each_state(store, clock):
     queued, running, orphan = (submit(store, clock) for _ in range(3))
     assert store.cancel(queued.id).state == "cancelled"
     store.claim(running.id, "one")
-    assert store.cancel(running.id).state == "running" and store.heartbeat("one") == {running.id: True}
+    assert store.cancel(running.id).state == "running" and store.heartbeat("one") == {running.id: (True, "normal")}
     assert store.finish(running.id, "one", "cancelled")
     store.claim(orphan.id, "dead"), store.cancel(orphan.id)
     clock.now += LEASE_SECONDS + 1
@@ -165,7 +165,7 @@ def test_a_forgotten_job_is_gone_at_once_and_swept_when_it_has_ended(store, cloc
     job = submit(store, clock)
     store.claim(job.id, "one")
     store.forget(job.id)
-    assert store.get(job.id) is None and store.expired() == [] and store.heartbeat("one") == {job.id: True}
+    assert store.get(job.id) is None and store.expired() == [] and store.heartbeat("one") == {job.id: (True, "normal")}
     store.finish(job.id, "one", "cancelled")
     assert store.expired() == [job.id]
 

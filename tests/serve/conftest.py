@@ -21,7 +21,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="package")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "system.yaml"
-    settings = {"cache_dir": str(path.parent / "cache"), "dtype": "float32", "service": {"checkpoint_seconds": 0.2}}
+    settings = {
+        "cache_dir": str(path.parent / "cache"),
+        "dtype": "float32",
+        "service": {"checkpoint_seconds": 0.2, "max_megapixels": 0.35},
+    }
     path.write_text(json.dumps(settings))
     return path
 
