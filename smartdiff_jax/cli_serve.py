@@ -78,6 +78,7 @@ def serve(
 
     app = create_app(service, load)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
+    app.state.service.is_leaving = lambda: server.should_exit
     listening = _listen(service.host, service.port)
     address = f"[{service.host}]" if ":" in service.host else service.host
     log.info("listening on http://%s:%d", address, listening.getsockname()[1])

@@ -51,7 +51,7 @@ async def generate_images(
     try:
         done = await _wait(service, job, request)
     except asyncio.CancelledError:
-        await asyncio.shield(service.cancel(job.id))
+        await service.hung_up(job.id)
         raise
     return await _answer(service, done, body.response_format or "b64_json", str(request.base_url).rstrip("/"))
 
@@ -128,7 +128,7 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
                 yield _event("image_generation.completed", now, event | {"usage": usage, "size": images.size})
     finally:
         if not done:
-            await asyncio.shield(service.cancel(job.id))
+            await service.hung_up(job.id)
 
 
 def _event(kind: str, job: Job, fields: dict[str, Any]) -> str:

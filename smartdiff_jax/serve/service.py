@@ -31,6 +31,7 @@ class Service:
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.started = threading.Event()
+        self.is_leaving: Callable[[], bool] = lambda: False
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -134,6 +135,11 @@ class Service:
             watchers.discard(event)
             if not watchers:
                 del self._watchers[job.id]
+
+    async def hung_up(self, job_id: str) -> None:
+        """Cancel the job of a caller who has gone; not where the process is going, for then the job goes on elsewhere."""
+        if not self.is_leaving():
+            await asyncio.shield(self.cancel(job_id))
 
     async def cancel(self, job_id: str) -> None:
         await run_in_threadpool(self.engine.store.cancel, job_id)

@@ -1,16 +1,22 @@
 """What jobs survive: two engines at one store, silence, ids used twice, time."""
 
 import dataclasses
+import os
+import shutil
 import sqlite3
+import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
+import sqlalchemy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
 from smartdiff_jax.engine.job import FINAL, TRANSITIONS, Job, new_id
-from smartdiff_jax.engine.store import LEASE_SECONDS, MAX_ATTEMPTS, IdempotencyConflict, JobStore, QueueFull
+from smartdiff_jax.engine.store import LEASE_SECONDS, MAX_ATTEMPTS, IdempotencyConflict, JobStore, QueueFull, metadata
 from smartdiff_jax.errors import InvalidConfig
 
 
@@ -27,9 +33,39 @@ def clock():
     return Clock()
 
 
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """URL of a PostgreSQL server of our own, on a socket in a folder."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short
+    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
+    if user:
+        shutil.chown(folder, "postgres")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True, **user}
+    subprocess.run([programs[-1] / "initdb", "-D", folder / "data", "-U", "me", "--auth=trust", "--no-sync"], **quiet)
+    options = f"-k {folder} -c listen_addresses= -c fsync=off"
+    subprocess.run([programs[-1] / "pg_ctl", "-D", folder / "data", "-w", "-o", options, "start"], **quiet)
+    yield f"postgresql+psycopg://me@/postgres?host={folder}"
+    subprocess.run([programs[-1] / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], **quiet)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    url = request.getfixturevalue("postgres")
+    database = sqlalchemy.create_engine(url)
+    metadata.drop_all(database)
+    database.dispose()
+    return url
+
+
 @pytest.fixture
-def store(tmp_path, clock):
-    store = JobStore(f"sqlite:///{tmp_path}/jobs.db", ttl=60.0, clock=clock)
+def store(url, clock):
+    store = JobStore(url, ttl=60.0, clock=clock)
     yield store
     store.close()
 
@@ -43,10 +79,10 @@ def submit(store, clock, **changes):
     return store.submit(a_job(clock, **changes))[0]
 
 
-def test_a_job_comes_back_as_it_was_put(store, clock, tmp_path):
+def test_a_job_comes_back_as_it_was_put(store, clock, url):
     job = submit(store, clock, params={"prompt": "\N{FOX FACE}\n'"}, idempotency_key="k")
     assert store.get(job.id) == job
-    again = JobStore(f"sqlite:///{tmp_path}/jobs.db", clock=clock)
+    again = JobStore(url, clock=clock)
     assert again.get(job.id) == job
     again.close()
 
