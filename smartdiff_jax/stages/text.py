@@ -18,7 +18,6 @@ from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.stages.base import jit_in
 from smartdiff_jax.stages.tokenize import tokenize
 
-
 KEPT_BYTES = 64 << 20
 """Of states an encoder keeps on the device, the last used: 16 prompts of Wan's. The same negative prompt comes every time."""
 
