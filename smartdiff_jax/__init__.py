@@ -13,4 +13,8 @@ def __getattr__(name: str):
         from smartdiff_jax.engine.pipeline import Pipeline
 
         return Pipeline
+    if name in ("Client", "AsyncClient"):
+        from smartdiff_jax import client
+
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

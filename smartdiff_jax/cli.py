@@ -1,4 +1,4 @@
-"""The command line: generate, models, calibrate, mesh, convert, train. Wrong input is one line on stderr and exit code 2."""
+"""The `smartdiff` command. Wrong input is one line on stderr and exit code 2."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smartdiff_jax import cli_mesh
+from smartdiff_jax import cli_mesh, cli_serve
 from smartdiff_jax.errors import InvalidRequest, SmartdiffError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_mesh.app, name="mesh")
+cli_serve.add_to(app)
 console = Console(stderr=True)
 
 
@@ -129,8 +130,9 @@ def generate(
                 comparison = compare(pipe, request, show)
                 result = comparison.cached
             else:
-                comparison = None
-                *_, result = (show(event) for event in pipe.stream(request))
+                result = comparison = None
+                for event in pipe.stream(request):
+                    result = show(event)
         assert isinstance(result, GenerateOutput), "a stream ends with its output"
         paths = result.save(output)
         if report is not None:

@@ -17,8 +17,8 @@ LAYERS = [
     {"weights"},
     {"stages"},
     {"engine"},
-    {"training", "serve"},
-    {"cli_mesh"},
+    {"training", "serve", "client"},
+    {"cli_mesh", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.errors import InvalidConfig
 
 
@@ -39,6 +40,7 @@ class SystemConfig(BaseModel):
     attention: a kernel by name, or "auto" for the fastest that serves each shape.
     guidance: how the two branches of classifier-free guidance run on one device: one after the other, or as a batch of two.
     cache_dir: converted weights, downloads and compiled executables are kept here.
+    service: of `smartdiff serve`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +50,7 @@ class SystemConfig(BaseModel):
     attention: str = "auto"
     guidance: Literal["sequential", "batched"] = "sequential"
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "smartdiff")
+    service: ServiceConfig = ServiceConfig()
 
     @classmethod
     def create(cls, **fields: Any) -> "SystemConfig":

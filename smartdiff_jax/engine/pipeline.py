@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.stages.base import Progress
+from smartdiff_jax.stages.checkpoint import Checkpoint, to_host
 from smartdiff_jax.stages.decode import Decode
-from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, Expert, denoise, split_experts
+from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, Expert, denoise, split_experts
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
@@ -60,6 +61,19 @@ class Inputs:
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
     pooled_prompt_embeds: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pause(Progress):
+    """Progress at a place where a request can be left, and taken up by another process.
+
+    checkpoint: copies it to the host; to be called before the stream goes on.
+    preview: what the first output would be if it were finished now, uint8 [height, width, 3], of a video its first frame;
+        None but at the steps asked for.
+    """
+
+    checkpoint: Callable[[], Checkpoint]
+    preview: Callable[[], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +200,32 @@ class Pipeline:
         policy, notes = policy_for(params, self._model.cache_numbers, self._num_blocks, schedule, restarts)
         return params, _Course(sampler, schedule, experts, policy, notes)
 
+    def count_tokens(self, params: ResolvedParams) -> int:
+        """Of one output."""
+        return self._model.count_tokens(params.width, params.height, params.num_frames)
+
+    @property
+    def frame_multiple(self) -> int:
+        """Frames are 1 more than a multiple of it; 0 for a picture model."""
+        return self._model.temporal_stride
+
+    def describe(self) -> str:
+        """The devices and the dtype it computes in."""
+        return f"{describe(self._model.mesh)} {self._model.dtype.name}"
+
     def stream(
-        self, request: GenerateParams, inputs: Inputs = Inputs(), output_type: str = "uint8"
+        self,
+        request: GenerateParams,
+        inputs: Inputs = Inputs(),
+        output_type: str = "uint8",
+        resume: Checkpoint | None = None,
+        stops: Collection[int] = (),
     ) -> Iterator[Progress | GenerateOutput]:
-        """The request as a generator: Progress between chunks, the GenerateOutput last."""
+        """The request as a generator: Progress between chunks, the GenerateOutput last.
+
+        What it yields in its stage "denoise" is a Pause. resume: go on from there, with the same request (seed included)
+        and inputs. stops: steps of the first output after which it pauses with a preview.
+        """
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
         params, course = self._prepare(request)
@@ -206,28 +242,31 @@ class Pipeline:
         yield Progress("text", 1, 1)
 
         scales = self._scales(params, course)
-        results, frames, steps, remembered = [], [], [], 0
-        num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
+        results, frames, steps = ([], [], []) if resume is None else (list(resume.results), [], list(resume.steps))
+        remembered, num_tokens = 0, self.count_tokens(params)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
         total = params.num_inference_steps * len(batches)
         for number, batch in enumerate(batches):
             # Every device of the data axis gets as many outputs: the last is made again where they do not divide.
             indices = [min(index, num_outputs - 1) for index in batch]
             tokens = self._pack(self._noise(params.seed, shape, indices) if noise is None else noise[indices])
-            for event in self._denoise(params, course, tokens, branches):
-                if isinstance(event, Progress):
-                    yield Progress("denoise", number * params.num_inference_steps + event.done, total)
-                else:
-                    result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
-                    wanted = range(batch.start, min(batch.stop, num_outputs))
-                    executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, scales)
-                    steps += [executed] * len(wanted)
-                    remembered = max(remembered, memory_bytes(event.cache_state))
-            clock.lap("denoise", result)
-            results.append(np.asarray(result)[: len(wanted)])
+            wanted = range(batch.start, min(batch.stop, num_outputs))
+            if number == len(results):
+                here, kept = resume if resume and resume.batch == number else None, (number, tuple(results), tuple(steps))
+                for event in self._denoise(params, course, tokens, branches, here, stops if number == 0 else ()):
+                    if isinstance(event, ChunkDone):
+                        done = number * params.num_inference_steps + event.done
+                        yield self._pause(Progress("denoise", done, total), event, kept, self._model.patches.grid(shape))
+                    else:
+                        result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
+                        executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, scales)
+                        steps += [executed] * len(wanted)
+                        remembered = max(remembered, memory_bytes(event.cache_state))
+                clock.lap("denoise", result)
+                results.append(np.asarray(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
-                one = results[-1][index - batch.start : index - batch.start + 1]
+                one = results[number][index - batch.start : index - batch.start + 1]
                 frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
@@ -250,6 +289,26 @@ class Pipeline:
             notes=encoded.notes + course.notes,
         )
         yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
+
+    def _pause(
+        self,
+        progress: Progress,
+        event: ChunkDone,
+        kept: tuple[int, tuple[np.ndarray, ...], tuple[str, ...]],
+        grid: tuple[int, int, int],
+    ) -> Pause:
+        batch, results, steps = kept
+        estimate = event.estimate
+
+        def preview() -> np.ndarray:
+            latents = self._unpack(estimate, grid=grid)[:1, :, :1]
+            return np.asarray(self._decode(latents))[0, 0]
+
+        return Pause(
+            *dataclasses.astuple(progress),
+            checkpoint=lambda: Checkpoint(batch, event.done, to_host(event.carry), results, steps),
+            preview=None if estimate is None else preview,
+        )
 
     def calibrate(
         self,
@@ -299,8 +358,14 @@ class Pipeline:
         )
 
     def _denoise(
-        self, params: ResolvedParams, course: _Course, tokens: Any, branches: Conditioning
-    ) -> Iterator[Progress | DenoiseCarry]:
+        self,
+        params: ResolvedParams,
+        course: _Course,
+        tokens: Any,
+        branches: Conditioning,
+        resume: Checkpoint | None = None,
+        stops: Collection[int] = (),
+    ) -> Iterator[ChunkDone | DenoiseCarry]:
         num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
         padded = num_tokens if self._layout.padding(num_tokens) else None
         return denoise(
@@ -313,6 +378,8 @@ class Pipeline:
             course.policy,
             course.sampler,
             padded,
+            resume=resume,
+            stops=stops,
         )
 
     def _scales(self, params: ResolvedParams, course: _Course) -> Float[np.ndarray, " max_steps"]:

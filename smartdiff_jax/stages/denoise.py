@@ -9,7 +9,7 @@ at a given number of tokens. The carry is donated. There are no callbacks inside
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
+from smartdiff_jax.stages.checkpoint import Checkpoint, restore
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
 
 CHUNK_SECONDS = 0.5
@@ -43,6 +44,18 @@ class DenoiseCarry:
     sampler_state: Any
     cache_state: Any
     executed: Bool[Array, "max_steps n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkDone(Progress):
+    """Progress of the loop. The carry lives until the next chunk, which is given its memory.
+
+    estimate: the clean tokens as far as they can be told, where the chunk ended at a stop that was asked for: the end of
+        the straight line through the chunk's two ends.
+    """
+
+    carry: DenoiseCarry
+    estimate: Float[Array, "b s p"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,22 +222,29 @@ def denoise(
     sampler: Sampler,
     num_tokens: int | None = None,
     chunk: int | None = None,
-) -> Iterator[Progress | DenoiseCarry]:
-    """Drive the loop chunk by chunk; yields Progress after each, and at last the carry.
+    resume: Checkpoint | None = None,
+    stops: Collection[int] = (),
+) -> Iterator[ChunkDone | DenoiseCarry]:
+    """Drive the loop chunk by chunk; yields ChunkDone after each, and at last the carry.
 
     num_tokens: how many tokens count, where they were padded for the mesh.
     branches: leaves [n ...], positive first, n = 2 with classifier-free guidance and 1 without. `chunk`
     fixes the steps a chunk; None keeps chunks near half a second, so that progress and cancelling stay prompt whatever the
     model (bounds are traced: any length costs nothing).
+    resume: take up the loop where this was made; raises CheckpointError where it does not fit.
+    stops: steps after which a chunk ends and tells its estimate.
     """
     num_steps = int(schedule.num_steps)
     start, run = loop.functions(experts[0].weights, tokens, branches, policy, sampler)
     carry = start(experts[0].weights, tokens, branches, policy, sampler)
-    length = chunk or 1
+    length, done, sigmas = chunk or 1, 0, np.asarray(schedule.sigmas)
+    if resume is not None and resume.step > 0:
+        carry, done = restore(resume.carry, carry), resume.step
     for expert in experts:
-        lo = expert.first
+        lo = max(expert.first, done)
         while lo < expert.last:
-            hi = min(lo + length, expert.last)
+            hi = min(lo + length, expert.last, *(stop for stop in stops if stop > lo))
+            before = jnp.copy(carry.tokens) if hi in stops else None
             began = time.perf_counter()
             carry = run(
                 expert.weights,
@@ -240,12 +260,21 @@ def denoise(
                 None if num_tokens is None else np.int32(num_tokens),
             )
             carry.tokens.block_until_ready()
-            if chunk is None and lo > 0:
+            if chunk is None and lo > done:
                 per_step = (time.perf_counter() - began) / (hi - lo)
                 length = min(max(1, int(CHUNK_SECONDS / per_step)), MAX_CHUNK)
+            estimate = None if before is None else clean(before, carry.tokens, sigmas[lo], sigmas[hi])
             lo = hi
-            yield Progress("denoise", lo, num_steps)
+            yield ChunkDone("denoise", lo, num_steps, carry, estimate)
     yield carry
+
+
+@jax.jit
+def clean(
+    before: Float[Array, "b s p"], after: Float[Array, "b s p"], sigma_before: Any, sigma_after: Any
+) -> Float[Array, "b s p"]:
+    """Tokens at sigma 0 on the straight line through those at two noise levels, which a flow follows nearly."""
+    return after - sigma_after * (after - before) / (sigma_after - sigma_before)
 
 
 def split_experts(weights: list[Any], timesteps: np.ndarray, num_steps: int, boundary: float | None) -> list[Expert]:

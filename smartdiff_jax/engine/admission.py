@@ -1,0 +1,104 @@
+"""From a request to a job in the store: all that can be refused is refused here, before anything is kept."""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import time
+from typing import Any
+
+from smartdiff_jax.config.request import MAX_SEED, GenerateParams
+from smartdiff_jax.config.service import ApiKey
+from smartdiff_jax.engine.engine import Engine
+from smartdiff_jax.engine.job import PRIORITIES, Job, Priority, new_id
+from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.registry import Registry
+from smartdiff_jax.stages.media import FASTEST, STILLS, WRITERS
+
+MAX_PREVIEWS = 8
+FORMATS = tuple(suffix.removeprefix(".") for suffix in WRITERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """What a user asks of the service: a request, and how it is to be served. None is the default."""
+
+    params: GenerateParams
+    model: str | None = None
+    output_format: str | None = None
+    priority: Priority = "normal"
+    previews: int = 0
+    api: str = "jobs"
+    idempotency_key: str | None = None
+
+    @property
+    def hash(self) -> str:
+        """Of all that makes it another request."""
+        fields = dataclasses.asdict(self) | {"params": self.params.model_dump(mode="json")}
+        fields.pop("idempotency_key")
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def admit(engine: Engine, key: ApiKey, submission: Submission) -> tuple[Job, bool]:
+    """The job, queued, and whether it is new. Raises InvalidRequest, QueueFull, IdempotencyConflict."""
+    asked = submission.params
+    models = Registry("model", engine.pipelines, error=InvalidRequest)
+    model = submission.model if submission.model is not None else next(iter(models))
+    models[model]
+    seed = asked.seed if asked.seed is not None else secrets.randbelow(MAX_SEED)
+    params = asked.model_copy(update={"seed": seed})
+    resolved = models[model].check(params)
+    megapixels = resolved.width * resolved.height * resolved.num_frames * resolved.num_outputs / 1e6
+    _check_size(megapixels, engine.config.max_megapixels, resolved.num_inference_steps, key)
+    output_format = _check_format(submission.output_format, resolved.num_frames, resolved.fps)
+    if not 0 <= submission.previews <= MAX_PREVIEWS:
+        raise InvalidRequest("previews", submission.previews, f"must be from 0 to {MAX_PREVIEWS}")
+    if submission.priority not in PRIORITIES:
+        raise InvalidRequest("priority", submission.priority, f"choose one of {', '.join(PRIORITIES)}")
+    job = Job(
+        id=new_id(),
+        owner=key.name,
+        api=submission.api,
+        model=model,
+        params=_plain(params),
+        output_format=output_format,
+        previews=submission.previews,
+        priority=submission.priority,
+        created_at=time.time(),
+        cost=engine.costs.estimate(engine.work_of(model, params)).total,
+        total=resolved.num_inference_steps,
+        idempotency_key=submission.idempotency_key,
+    )
+    job, new = engine.store.submit(job, submission.hash, engine.config.max_queued, key.max_queued)
+    if new:
+        engine.offer(job)
+    return job, new
+
+
+def _plain(params: GenerateParams) -> dict[str, Any]:
+    return params.model_dump(mode="json", exclude_defaults=True) | {"prompt": params.prompt}
+
+
+def _check_size(megapixels: float, most: float, steps: int, key: ApiKey) -> None:
+    if megapixels > most:
+        raise InvalidRequest(
+            "size", f"{megapixels:.1f} megapixels in all", f"this service makes {most:g} at most; ask for less or fewer"
+        )
+    if key.max_work is not None and megapixels * steps > key.max_work:
+        raise InvalidRequest(
+            "num_inference_steps", steps, f"{megapixels * steps:.1f} megapixel-steps; your key allows {key.max_work:g} a job"
+        )
+
+
+def _check_format(name: str | None, num_frames: int, fps: int) -> str:
+    if name is None:
+        return "mp4" if num_frames > 1 else "png"
+    name = name.lower().removeprefix(".")
+    if name not in FORMATS:
+        raise InvalidRequest("output_format", name, f"choose one of {', '.join(FORMATS)}")
+    if f".{name}" in STILLS and num_frames > 1:
+        raise InvalidRequest("output_format", name, f"holds one picture, not {num_frames} frames; use mp4")
+    fastest = FASTEST.get(f".{name}")
+    if fastest is not None and fps > fastest:
+        raise InvalidRequest("fps", fps, f"give at most {fastest} for {name}")
+    return name

@@ -1,0 +1,437 @@
+"""The engine: one scheduler over the stages of all jobs, on threads that do not wait for each other.
+
+    text thread     claims a job from the store, encodes its prompt, reads its checkpoint
+    device thread   denoises chunk by chunk and decodes; between two chunks the scheduler says whose turn it is
+    media threads   write pictures and videos, end the job
+    keeper thread   leases, cancelled jobs, progress, what is new in the store, what has expired
+
+Only the device thread advances a job past its text. A job that fails, fails alone.
+"""
+
+import concurrent.futures
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from smartdiff_jax.config.request import GenerateParams
+from smartdiff_jax.config.service import EVERYONE, ApiKey, ServiceConfig
+from smartdiff_jax.engine import deliver
+from smartdiff_jax.engine.artifacts import Artifacts
+from smartdiff_jax.engine.costs import Costs, Work
+from smartdiff_jax.engine.job import Job
+from smartdiff_jax.engine.metrics import Metrics
+from smartdiff_jax.engine.output import GenerateOutput
+from smartdiff_jax.engine.pipeline import Pause, Pipeline
+from smartdiff_jax.engine.run import CHECKPOINT, Lap, Run, work_of
+from smartdiff_jax.engine.scheduler import Entry, Forecast, Scheduler
+from smartdiff_jax.engine.store import JobStore
+from smartdiff_jax.stages.base import Progress
+
+MAX_BEGUN = 8
+"""Jobs whose carry may lie on the device at once."""
+AHEAD = 2
+"""Jobs with their text done, so that the device never waits for one."""
+MAX_MEDIA = 8
+"""Finished jobs whose pictures are being written; the device waits when there are more."""
+TICK = 0.25
+HEARTBEAT = 0.5
+SWEEP = 5.0
+
+log = logging.getLogger("smartdiff")
+
+
+class Engine:
+    """Pulls jobs from a store and runs them. `listeners` are called with a job's id when it changes, on any thread."""
+
+    def __init__(
+        self,
+        pipelines: Mapping[str, Pipeline],
+        store: JobStore,
+        artifacts: Artifacts,
+        config: ServiceConfig,
+        keys: Iterable[ApiKey] = (),
+        metrics: Metrics | None = None,
+    ):
+        self.pipelines, self.store, self.artifacts, self.config = dict(pipelines), store, artifacts, config
+        self.metrics = metrics or Metrics()
+        self.costs = Costs(store.load_rates())
+        self.name = f"engine_{secrets.token_hex(6)}"
+        self.listeners: list[Callable[[str], None]] = []
+        self._keys = {key.name: key for key in keys}
+        self._scheduler = Scheduler()
+        self._waiting: dict[str, Job] = {}
+        self._runs: dict[str, Run] = {}
+        self._forecast: dict[str, Forecast] = {}
+        self._turn = threading.Condition()
+        self._stopping = threading.Event()
+        self._news = threading.Event()
+        self._started = self._taking = False
+        self._media = 0
+        self._dirty: set[str] = set()
+        self._text = concurrent.futures.ThreadPoolExecutor(1, "text")
+        self._writers = concurrent.futures.ThreadPoolExecutor(2, "media")
+        self._threads = [threading.Thread(target=body, name=name) for name, body in
+                         (("device", self._device), ("keeper", self._keeper))]  # fmt: skip
+
+    # What others ask of it, on any thread.
+
+    def start(self) -> None:
+        self._refresh()
+        self._started = True
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop between two chunks; what is begun is saved and given back to the queue."""
+        self._stopping.set()
+        self._news.set()
+        with self._turn:
+            self._turn.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._text.shutdown()
+        self._writers.shutdown()
+        for run in list(self._runs.values()):
+            if run.can_checkpoint and not run.cancelled:
+                self._save(run)
+            deliver.persist(lambda run=run: self.store.release(run.job.id, self.name))
+        self.store.save_rates(self.costs.changes())
+
+    @property
+    def is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def work_of(self, model: str, params: GenerateParams) -> Work:
+        return work_of(self.pipelines[model], params)
+
+    def offer(self, job: Job) -> None:
+        """A new job is in the store."""
+        with self._turn:
+            self._put(job)
+            self._turn.notify_all()
+        self._prefetch()
+
+    def notice(self) -> None:
+        """Something in the store has changed: a job was cancelled, or has another priority."""
+        self._news.set()
+
+    def live(self, job: Job) -> tuple[Job, Forecast | None]:
+        """The job with its newest progress, and when it will be finished, if that can be told."""
+        run = self._runs.get(job.id)
+        if run is not None and job.state == "running":
+            progress = run.progress
+            values = {"stage": progress.stage, "done": progress.done, "total": progress.total}
+            job = deliver.updated(job, previews_made=run.previews_made, device_seconds=run.device_seconds, **values)
+        return job, None if job.is_final else self._forecast.get(job.id)
+
+    def backlog(self) -> float:
+        """Estimated device seconds until the queue is empty."""
+        with self._turn:
+            return self._scheduler.backlog()
+
+    # The text thread.
+
+    def _prefetch(self) -> None:
+        with self._turn:
+            if self._taking or self._next_to_begin() is None:
+                return
+            self._taking = True
+        self._text.submit(self._take)
+
+    def _next_to_begin(self) -> Job | None:
+        """The waiting job to claim now: one that should run at once, or one to have ready."""
+        if self._stopping.is_set() or not self._started:
+            return None
+        begun = [run for run in self._runs.values() if run.job.id in self._scheduler]
+        if len(begun) >= MAX_BEGUN:
+            return None
+        running: dict[str, int] = {}
+        for run in self._runs.values():
+            running[run.job.owner] = running.get(run.job.owner, 0) + 1
+        allowed = [job.id for job in self._waiting.values() if running.get(job.owner, 0) < self._key(job).max_running]
+        first = self._scheduler.pick([*allowed, *(run.job.id for run in begun)])
+        if first is None or (first not in self._waiting and len(begun) >= AHEAD):
+            return None
+        best = self._scheduler.pick(allowed)
+        return None if best is None else self._waiting[best]
+
+    def _take(self) -> None:
+        with self._turn:
+            wanted = self._next_to_begin()
+        try:
+            if wanted is not None:
+                self._begin(wanted)
+        except Exception:  # the store is away; the keeper will ask again
+            log.exception("no job could be claimed")
+        finally:
+            with self._turn:
+                self._taking = False
+                self._turn.notify_all()
+        if wanted is not None:
+            self._prefetch()
+
+    def _begin(self, wanted: Job) -> None:
+        job = self.store.claim(wanted.id, self.name)
+        if job is None:
+            with self._turn:
+                self._waiting.pop(wanted.id, None)
+                self._scheduler.remove(wanted.id)
+            self._tell(wanted.id)
+            return
+        pipe = self.pipelines[job.model]
+        run = Run(job, pipe, work_of(pipe, GenerateParams.create(**job.params)))
+        with self._turn:
+            self._waiting.pop(job.id, None)
+            self._runs[job.id] = run
+            self._scheduler.put(self._entry(job))
+        self.metrics.wait.labels(job.model).observe(max(time.time() - job.created_at, 0.0))
+        began = time.perf_counter()
+        try:
+            refused = run.open(self.artifacts)
+        except Exception as error:
+            self._fail(run, error)
+            return
+        if refused is not None:
+            log.warning("%s begins anew: %s", job.id, refused)
+        elif run.resumed:
+            self.metrics.resumed.labels(job.model).inc()
+        self.metrics.stage.labels(job.model, "text").observe(time.perf_counter() - began)
+        with self._turn:
+            run.ready = True
+            self._turn.notify_all()
+        self._tell(job.id)
+
+    # The device thread.
+
+    def _device(self) -> None:
+        while (run := self._choose()) is not None:
+            self._prefetch()
+            began = time.perf_counter()
+            try:
+                lap = run.advance()
+            except Exception as error:
+                self._fail(run, error)
+                continue
+            try:
+                self._after(run, lap, time.perf_counter() - began)
+            except Exception as error:
+                self._fail(run, error)
+
+    def _choose(self) -> Run | None:
+        """The run to go on with; waits for one. None when the engine stops."""
+        with self._turn:
+            while not self._stopping.is_set():
+                for run in [run for run in self._runs.values() if run.ready and (run.cancelled or run.lost)]:
+                    self._drop(run)
+                ready = [run.job.id for run in self._runs.values() if run.ready and run.job.id in self._scheduler]
+                if ready and self._media < MAX_MEDIA:
+                    return self._runs[self._scheduler.pick(ready) or ""]
+                self._turn.wait(1.0)
+        return None
+
+    def _after(self, run: Run, lap: Lap, seconds: float) -> None:
+        job, model = run.job, run.job.model
+        run.device_seconds += seconds
+        self.metrics.busy.labels(model).inc(seconds)
+        with self._turn:
+            self._scheduler.charge(job.id, seconds)
+        if lap.counts:
+            stage, each = run.progress.stage, seconds / lap.units
+            if stage == "denoise":
+                self.metrics.step.labels(model).observe(each)
+            if stage == "decode" or run.work.outputs == 1:  # several outputs share a step
+                self.costs.observe(run.work, stage, each)
+        if isinstance(lap.event, GenerateOutput):
+            with self._turn:
+                self._scheduler.remove(job.id)
+                self._media += 1
+            run.progress = Progress("media", 0, 1)
+            run.close()
+            self._writers.submit(self._deliver, run, lap.event)
+        elif isinstance(lap.event, Pause):
+            if lap.event.preview is not None:
+                run.previews_made += 1
+                picture, name = lap.event.preview(), f"preview-{run.previews_made}.webp"
+                self._writers.submit(self._in_background, deliver.write_picture, self.artifacts, job.id, name, picture)
+            if run.device_seconds - run.saved_at >= self.config.checkpoint_seconds and not run.saving:
+                run.saving, run.saved_at = True, run.device_seconds
+                checkpoint = run.checkpoint()
+                self._writers.submit(self._in_background, self._write, run, checkpoint)
+        self._dirty.add(job.id)
+        self._tell(job.id)
+
+    def _save(self, run: Run) -> None:
+        self._in_background(self._write, run, run.checkpoint())
+
+    # The media threads.
+
+    def _write(self, run: Run, checkpoint) -> None:
+        try:
+            self.artifacts.write(run.job.id, CHECKPOINT, checkpoint.to_bytes(run.fingerprint))
+            self.store.progress(run.job.id, self.name, got_further=True, device_seconds=run.device_seconds)
+            self.metrics.checkpoints.labels(run.job.model, "written").inc()
+        except Exception:
+            self.metrics.checkpoints.labels(run.job.model, "failed").inc()
+            raise
+        finally:
+            run.saving = False
+
+    def _in_background(self, function: Callable, *arguments) -> None:
+        """What a job can do without: a checkpoint, a preview."""
+        try:
+            function(*arguments)
+        except Exception:
+            log.exception("%s failed", getattr(function, "__name__", function))
+
+    def _deliver(self, run: Run, output: GenerateOutput) -> None:
+        began = time.perf_counter()
+        try:
+            files = deliver.write_results(self.artifacts, run.job, output)
+        except Exception as error:
+            self._fail(run, error, counted=True)
+            return
+        job = run.job
+        self.metrics.stage.labels(job.model, "media").observe(time.perf_counter() - began)
+        for stage, seconds in output.report.seconds.items():
+            if stage != "text":
+                self.metrics.stage.labels(job.model, stage).observe(seconds)
+        for letter in "".join(output.report.steps):
+            self.metrics.steps.labels(job.model, "skipped" if letter == "." else "computed").inc()
+        report = deliver.report_of(output)
+        steps = len(output.report.steps[0]) * len(output.report.steps)
+        values = {"done": steps, "total": steps, "previews_made": run.previews_made, "device_seconds": run.device_seconds}
+        self._end(run, "succeeded", counted=True, files=files, report=report, **values)
+
+    # How jobs end, on any thread.
+
+    def _fail(self, run: Run, error: Exception, counted: bool = False) -> None:
+        told = deliver.told(error)
+        log.error("%s failed: %s", run.job.id, told["message"], exc_info=error if told["code"] == "internal_error" else None)
+        run.close()
+        self._end(run, "failed", counted=counted, error=told)
+
+    def _drop(self, run: Run) -> None:
+        """A run that is cancelled, or another's by now."""
+        run.ready = False
+        run.close()
+        self._scheduler.remove(run.job.id)
+        if run.lost:
+            self._runs.pop(run.job.id, None)
+        else:
+            self._writers.submit(self._end, run, "cancelled")
+
+    def _end(self, run: Run, state, counted: bool = False, **values) -> None:
+        job = run.job
+        with self._turn:
+            run.ready = False
+            self._scheduler.remove(job.id)
+        if not run.lost and deliver.persist(lambda: self.store.finish(job.id, self.name, state, **values)):
+            self.metrics.jobs.labels(job.model, state).inc()
+            self._in_background(self.artifacts.remove, job.id, CHECKPOINT)
+        with self._turn:
+            self._runs.pop(job.id, None)
+            self._media -= counted
+            self._turn.notify_all()
+        self._tell(job.id)
+        self._prefetch()
+
+    # The keeper thread.
+
+    def _keeper(self) -> None:
+        beat = sweep = 0.0
+        while not self._stopping.is_set():
+            now = time.monotonic()
+            changed = self._news.wait(TICK)
+            self._news.clear()
+            try:
+                if changed or now - beat >= HEARTBEAT:
+                    beat = now
+                    self._beat()
+                    self._refresh()
+                for job_id in list(self._dirty):
+                    self._flush(job_id)
+                if now - sweep >= SWEEP:
+                    sweep = now
+                    self._sweep()
+            except Exception:  # the store is away: jobs go on, and their leases with them if it comes back in time
+                log.exception("the store cannot be reached")
+            self._foresee()
+            self._prefetch()
+
+    def _beat(self) -> None:
+        if not self._runs:
+            return
+        known = list(self._runs)
+        mine = self.store.heartbeat(self.name)
+        with self._turn:
+            for job_id in known:
+                if (run := self._runs.get(job_id)) is None or run.progress.stage == "media":
+                    continue
+                if job_id not in mine:
+                    run.lost = True
+                    continue
+                cancelled, priority = mine[job_id]
+                run.cancelled |= cancelled
+                if priority != run.job.priority and job_id in self._scheduler:
+                    run.job = deliver.updated(run.job, priority=priority, device_seconds=run.device_seconds)
+                    self._scheduler.put(self._entry(run.job))
+            self._turn.notify_all()
+
+    def _refresh(self) -> None:
+        """What the store has waiting."""
+        found = {job.id: job for job in self.store.waiting() if job.model in self.pipelines}
+        with self._turn:
+            for gone in self._waiting.keys() - found.keys():
+                self._waiting.pop(gone)
+                self._scheduler.remove(gone)
+            for job in found.values():
+                self._put(job)
+            self._turn.notify_all()
+
+    def _put(self, job: Job) -> None:
+        if job.id in self._runs:
+            return
+        if self._waiting.get(job.id) != job:
+            self._waiting[job.id] = job
+            self._scheduler.put(self._entry(job))
+
+    def _entry(self, job: Job) -> Entry:
+        spent, share = min(job.device_seconds, job.cost), self._key(job).share
+        return Entry(job.id, job.owner, job.priority, job.created_at, job.cost, spent, share)
+
+    def _flush(self, job_id: str) -> None:
+        self._dirty.discard(job_id)
+        if (run := self._runs.get(job_id)) is not None and run.progress.stage != "media":
+            at = run.progress
+            values = {"stage": at.stage, "done": at.done, "total": at.total, "previews_made": run.previews_made}
+            self.store.progress(job_id, self.name, device_seconds=run.device_seconds, **values)
+
+    def _sweep(self) -> None:
+        for job_id in self.store.expired():
+            self.artifacts.remove(job_id)
+            self.store.remove(job_id)
+        self.store.save_rates(self.costs.changes())
+
+    def _foresee(self) -> None:
+        with self._turn:
+            self._forecast = self._scheduler.forecast()
+            backlog, waiting = self._scheduler.backlog(), list(self._waiting.values())
+            runs = list(self._runs.values())
+        self.metrics.backlog.set(backlog)
+        for model in self.pipelines:
+            of_model = [job.created_at for job in waiting if job.model == model]
+            self.metrics.waiting.labels(model).set(len(of_model))
+            self.metrics.oldest.labels(model).set(max(time.time() - min(of_model), 0.0) if of_model else 0.0)
+            self.metrics.running.labels(model).set(sum(run.job.model == model for run in runs))
+        for kind, size in deliver.device_memory().items():
+            self.metrics.memory.labels(kind).set(size)
+
+    def _key(self, job: Job) -> ApiKey:
+        return self._keys.get(job.owner, EVERYONE)
+
+    def _tell(self, job_id: str) -> None:
+        for listener in list(self.listeners):
+            listener(job_id)

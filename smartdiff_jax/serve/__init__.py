@@ -1,0 +1,1 @@
+"""The service: HTTP over an engine. Nothing here imports JAX."""

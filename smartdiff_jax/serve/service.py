@@ -1,0 +1,146 @@
+"""What the routes share: the engine once it is loaded, who is calling, jobs as views, and waiting for them."""
+
+import asyncio
+import contextlib
+import hmac
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from smartdiff_jax.config.service import EVERYONE, ApiKey, ServiceConfig, hash_key, read_keys
+from smartdiff_jax.engine.job import Job
+from smartdiff_jax.serve.errors import ServiceError, not_found
+from smartdiff_jax.serve.schemas import JobView
+
+POLL_SECONDS = 1.0
+"""How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
+
+
+class Service:
+    """One per process. `load` makes the engine, on a thread of its own, so that the service answers while it loads."""
+
+    def __init__(self, config: ServiceConfig, load: Callable[[dict[str, ApiKey]], Any]):
+        self.config = config
+        self.keys = read_keys(config.keys)
+        self._load = load
+        self._engine: Any = None
+        self._failure: str | None = None
+        self._watchers: dict[str, set[asyncio.Event]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.started = threading.Event()
+        self.is_leaving: Callable[[], bool] = lambda: False
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        threading.Thread(target=self._start, name="load", daemon=True).start()
+
+    def _start(self) -> None:
+        try:
+            engine = self._load(self.keys)
+            engine.listeners.append(self._changed)
+            engine.start()
+            self._engine = engine
+        except Exception as error:
+            self._failure = str(error)
+            raise
+        finally:
+            self.started.set()
+
+    def stop(self) -> None:
+        self.started.wait()
+        if self._engine is not None:
+            self._engine.stop()
+            self._engine.store.close()
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no engine, or it has died."""
+        if self._engine is not None and not self._engine.is_alive:
+            return "the engine has died; its log tells why"
+        return self._failure
+
+    @property
+    def is_ready(self) -> bool:
+        return self._engine is not None and self._engine.is_alive
+
+    @property
+    def engine(self) -> Any:
+        """Raises 503 until it is loaded."""
+        if self._engine is None:
+            raise ServiceError(503, self._failure or "the models are being loaded", code="not_ready", retry_after=2)
+        return self._engine
+
+    def caller(self, request: Request) -> ApiKey:
+        """Whose key the request bears. Raises 401."""
+        if not self.keys:
+            return EVERYONE
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = hash_key(key.strip()) if scheme.lower() == "bearer" else ""
+        for known, entry in self.keys.items():
+            if hmac.compare_digest(known, given):
+                return entry
+        raise ServiceError(401, "give a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")
+
+    async def find(self, caller: ApiKey, job_id: str, api: str | None = None) -> Job:
+        """Raises 404 also for a job of another's."""
+        job = await run_in_threadpool(self.engine.store.get, job_id)
+        if job is None or not (caller.admin or job.owner == caller.name) or (api is not None and job.api != api):
+            not_found("job" if api is None else api.removesuffix("s"), job_id)
+        return job
+
+    def view(self, job: Job) -> JobView:
+        job, forecast = self.engine.live(job)
+        base = f"/v1/jobs/{job.id}"
+        preview = f"{base}/files/preview-{job.previews_made}.webp" if job.previews_made else None
+        fields = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)} | {
+            "progress": round(job.fraction, 4),
+            "position": None if forecast is None else forecast.position,
+            "eta_seconds": None if forecast is None else round(forecast.seconds, 3),
+            "preview": preview,
+            "thumbnail": f"{base}/files/thumbnail.webp" if job.state == "succeeded" else None,
+            "files": [f"{base}/files/{name}" for name in job.files],
+        }
+        return JobView(**fields)
+
+    def _changed(self, job_id: str) -> None:
+        """The engine says so, on one of its threads."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            self._loop.call_soon_threadsafe(self._wake, job_id)
+
+    def _wake(self, job_id: str) -> None:
+        for event in self._watchers.get(job_id, ()):
+            event.set()
+
+    async def follow(self, job: Job) -> AsyncIterator[Job]:
+        """The job whenever it has changed, and at last when it has ended or is gone."""
+        event = asyncio.Event()
+        self._watchers.setdefault(job.id, set()).add(event)
+        try:
+            while True:
+                event.clear()
+                now = await run_in_threadpool(self.engine.store.get, job.id)
+                if now is None:
+                    return
+                yield now
+                if now.is_final:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(event.wait(), POLL_SECONDS)
+        finally:
+            watchers = self._watchers[job.id]
+            watchers.discard(event)
+            if not watchers:
+                del self._watchers[job.id]
+
+    async def hung_up(self, job_id: str) -> None:
+        """Cancel the job of a caller who has gone; not where the process is going, for then the job goes on elsewhere."""
+        if not self.is_leaving():
+            await asyncio.shield(self.cancel(job_id))
+
+    async def cancel(self, job_id: str) -> None:
+        await run_in_threadpool(self.engine.store.cancel, job_id)
+        self.engine.notice()

@@ -1,0 +1,250 @@
+"""The engine with a tiny model: order, overlap, cancelling, failing alone, resuming, leases."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smartdiff_jax.config.request import GenerateParams
+from smartdiff_jax.config.service import EVERYONE, ServiceConfig
+from smartdiff_jax.engine import pipeline
+from smartdiff_jax.engine import store as stores
+from smartdiff_jax.engine.admission import Submission, admit
+from smartdiff_jax.engine.artifacts import Artifacts
+from smartdiff_jax.engine.engine import Engine
+from smartdiff_jax.engine.run import CHECKPOINT
+from smartdiff_jax.engine.store import JobStore, QueueFull
+from smartdiff_jax.errors import InvalidRequest
+
+SMALL = dict(prompt="a red fox", size="32x32", num_frames=5, num_inference_steps=4, seed=3)  # the shape other tests compile
+
+
+class Bench:
+    """A store and a folder, and engines over them."""
+
+    def __init__(self, folder, pipe):
+        self.folder, self.pipe, self.engines = folder, pipe, []
+        self.store = JobStore(f"sqlite:///{folder}/jobs.db")
+        self.artifacts = Artifacts(str(folder / "artifacts"))
+
+    def engine(self, **config):
+        config = ServiceConfig.create(checkpoint_seconds=0.0, **config)
+        engine = Engine({"tiny": self.pipe}, self.store, self.artifacts, config)
+        self.engines.append(engine)
+        return engine
+
+    def submit(self, params=SMALL, engine=None, key=EVERYONE, **fields):
+        return admit(engine or self.engines[-1], key, Submission(GenerateParams.create(**params), **fields))[0]
+
+    def wait(self, job, *states, seconds=180.0):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            now = self.store.get(job.id)
+            if now.state in (states or ("succeeded", "failed", "cancelled")):
+                return now
+            time.sleep(0.01)
+        raise AssertionError(f"{now} after {seconds} s")
+
+    def wait_for(self, condition, seconds=180.0):
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def bench(tmp_path, pipe):
+    bench = Bench(tmp_path, pipe)
+    yield bench
+    for engine in bench.engines:
+        engine.stop()
+    bench.store.close()
+
+
+def test_a_job_ends_in_the_pictures_the_pipeline_makes(bench, pipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_BATCH_TOKENS", 1)
+    bench.engine().start()
+    done = bench.wait(bench.submit(SMALL | dict(num_outputs=2), previews=2, output_format="png"))
+    assert done.state == "succeeded" and done.files == ("output-0.png", "output-1.png"), done
+    assert done.report["params"]["seed"] == 3 and done.device_seconds > 0 and done.previews_made == 2
+    expected = pipe(**SMALL | dict(num_outputs=2)).frames
+    for name, frames in zip(done.files, expected, strict=True):
+        path = bench.folder / "artifacts" / done.id / name
+        assert np.array_equal(np.asarray(Image.open(path)), frames[0])
+    names = {path.name for path in (bench.folder / "artifacts" / done.id).iterdir()}
+    assert names == {"output-0.png", "output-1.png", "preview-1.webp", "preview-2.webp", "thumbnail.webp"}
+
+
+def test_a_picture_behind_a_video_is_done_first_and_cancel_ends_the_video(bench, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_BATCH_TOKENS", 1)  # so that its 64 outputs go one by one, for many seconds
+    engine = bench.engine()
+    engine.start()
+    video = bench.submit(SMALL | dict(num_inference_steps=200, num_outputs=64))
+    bench.wait(video, "running")
+    pictures = [bench.submit() for _ in range(3)]
+    for picture in pictures:
+        assert bench.wait(picture).state == "succeeded"
+    assert bench.store.get(video.id).state == "running"
+    began = time.monotonic()
+    bench.store.cancel(video.id)
+    engine.notice()
+    assert bench.wait(video).state == "cancelled" and time.monotonic() - began < 2.0
+    bench.wait_for(lambda: not engine._runs)
+    assert engine.backlog() == 0.0
+
+
+def test_a_stopped_engine_saves_and_another_ends_in_the_same_bits(bench, pipe):
+    one = bench.engine()
+    one.start()
+    params = SMALL | dict(num_inference_steps=60)
+    job = bench.submit(params)
+    bench.wait_for(lambda: (run := one._runs.get(job.id)) is not None and run.progress.done >= 3)
+    one.stop()
+    left = bench.store.get(job.id)
+    assert left.state == "queued" and (bench.folder / "artifacts" / job.id / CHECKPOINT).exists()
+    two = bench.engine()
+    two.start()
+    assert bench.wait(job).state == "succeeded"
+    assert two.metrics.registry.get_sample_value("smartdiff_resumed_jobs_total", {"model": "tiny"}) == 1
+    done = bench.store.get(job.id)
+    assert done.report["seconds"]["denoise"] > 0 and not (bench.folder / "artifacts" / job.id / CHECKPOINT).exists()
+    expected = bench.folder / "whole.mp4"
+    pipe(**params).save(expected)
+    assert (bench.folder / "artifacts" / job.id / "output.mp4").read_bytes() == expected.read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_done_without(bench):
+    engine = bench.engine()
+    job = bench.submit()
+    bench.artifacts.write(job.id, CHECKPOINT, b"nonsense")
+    engine.start()
+    assert bench.wait(job).state == "succeeded"
+
+
+def test_a_dead_engines_job_is_taken_up(bench, monkeypatch):
+    monkeypatch.setattr(stores, "LEASE_SECONDS", 1.0)
+    engine = bench.engine()
+    job = bench.submit()
+    assert bench.store.claim(job.id, "dead")
+    engine.start()
+    assert bench.wait(job).state == "succeeded"
+
+
+def test_a_poisoned_job_fails_alone(bench, pipe, monkeypatch):
+    stream = type(pipe).stream
+
+    def poisoned(self, request, **options):
+        for event in stream(self, request, **options):
+            if request.prompt == "oom" and event.stage == "denoise":
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 80 GB")
+            if request.prompt == "text":
+                raise KeyError("secret")
+            yield event
+
+    monkeypatch.setattr(type(pipe), "stream", poisoned)
+    engine = bench.engine()
+    engine.start()
+    jobs = [bench.submit(SMALL | dict(prompt=prompt)) for prompt in ("fox", "oom", "text", "fox")]
+    ended = [bench.wait(job) for job in jobs]
+    assert [job.state for job in ended] == ["succeeded", "failed", "failed", "succeeded"]
+    assert ended[1].error["code"] == "out_of_memory" and "smaller" in ended[1].error["message"]
+    assert ended[2].error["code"] == "internal_error" and "secret" not in ended[2].error["message"]
+    bench.wait_for(lambda: not engine._runs)
+    assert engine.is_alive
+
+
+def test_a_full_disk_fails_the_job_and_not_the_engine(bench, monkeypatch):
+    engine = bench.engine()
+    engine.start()
+    with monkeypatch.context() as patch:
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(bench.artifacts._fs, "pipe_file", full)
+        failed = bench.wait(bench.submit())
+        assert failed.state == "failed" and failed.error["code"] == "storage_failed"
+    assert bench.wait(bench.submit()).state == "succeeded"
+
+
+def test_a_store_that_is_away_for_a_while_loses_nothing(bench, monkeypatch):
+    engine = bench.engine()
+    engine.start()
+    job = bench.submit(SMALL | dict(num_inference_steps=40))
+    bench.wait(job, "running")
+    away = threading.Event()
+    finish, heartbeat = JobStore.finish, JobStore.heartbeat
+
+    def unreachable(method):
+        def call(*args, **kwargs):
+            if away.is_set():
+                raise OSError("database is locked")
+            return method(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(JobStore, "finish", unreachable(finish))
+    monkeypatch.setattr(JobStore, "heartbeat", unreachable(heartbeat))
+    away.set()
+    bench.wait_for(lambda: engine._runs[job.id].progress.stage == "media")
+    time.sleep(0.3)
+    away.clear()
+    assert bench.wait(job).state == "succeeded"
+
+
+def test_two_engines_share_the_work_and_do_each_job_once(bench):
+    engines = [bench.engine(), bench.engine()]
+    jobs = [bench.submit(SMALL | dict(seed=seed)) for seed in range(8)]
+    for engine in engines:
+        engine.start()
+    assert {bench.wait(job).state for job in jobs} == {"succeeded"}
+    value = "smartdiff_jobs_total", {"model": "tiny", "state": "succeeded"}
+    counts = [engine.metrics.registry.get_sample_value(*value) or 0 for engine in engines]
+    assert sum(counts) == 8, counts
+
+
+def test_what_is_measured_is_kept_and_told(bench):
+    engine = bench.engine()
+    engine.start()
+    work = engine.work_of("tiny", GenerateParams.create(**SMALL))
+    for seed in range(3):
+        bench.wait(bench.submit(SMALL | dict(seed=seed, num_inference_steps=20)))
+    estimate = engine.costs.estimate(work)
+    assert estimate.measured and 0 < estimate.step < 1
+    engine.stop()
+    assert bench.engine().costs.estimate(work) == estimate
+
+
+def test_admission_refuses_what_cannot_be_served(bench):
+    engine = bench.engine(max_queued=2, max_megapixels=0.01)
+    for params, fields, words in [
+        (SMALL | dict(size="512x512"), {}, "megapixels"),
+        (SMALL, dict(model="none"), "model='none'"),
+        (SMALL, dict(output_format="avi"), "output_format='avi'"),
+        (SMALL, dict(output_format="jpg"), "5 frames"),
+        (SMALL, dict(previews=9), "previews=9"),
+        (SMALL | dict(size="33x32"), {}, "size"),
+    ]:
+        with pytest.raises(InvalidRequest, match=words):
+            bench.submit(params, engine, **fields)
+    with pytest.raises(InvalidRequest, match="megapixel-steps"):
+        bench.submit(SMALL, engine, key=EVERYONE.model_copy(update={"max_work": 1e-6}))
+    bench.submit(), bench.submit()
+    with pytest.raises(QueueFull):
+        bench.submit()
+    with contextlib.suppress(QueueFull):
+        engine.start()
+
+
+def test_a_key_runs_no_more_jobs_at_once_than_it_may(bench):
+    key = EVERYONE.model_copy(update={"name": "ann", "max_running": 1})
+    engine = bench.engine()
+    engine._keys["ann"] = key
+    most = []
+    engine.listeners.append(lambda job: most.append(len(engine._runs)))
+    jobs = [bench.submit(SMALL | dict(seed=seed), key=key) for seed in range(4)]
+    engine.start()
+    assert {bench.wait(job).state for job in jobs} == {"succeeded"} and max(most) == 1

@@ -1,0 +1,58 @@
+"""Real servers, each a process of its own, over a tiny model; compiled executables are shared by all of them."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import httpx2
+
+from smartdiff_jax.client import Client
+
+COMMAND = [sys.executable, "-c", "from smartdiff_jax.cli import main; main()"]
+SMALL = dict(size="32x32", num_frames=1, num_inference_steps=4, seed=3)
+CLIP = dict(size="32x32", num_frames=5, num_inference_steps=200, seed=3)
+
+
+@dataclasses.dataclass
+class Server:
+    """A running `smartdiff serve`."""
+
+    process: subprocess.Popen
+    url: str
+    folder: object
+    log: object
+
+    def kill(self, number=signal.SIGKILL):
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.kill(signal.SIGTERM)
+
+    def client(self, **options):
+        return Client(self.url, **options)
+
+
+def start(model, config, folder, *arguments, ready=True):
+    """Start one in `folder`, where its store and its files are; wait until it takes jobs."""
+    log = folder / f"log-{time.monotonic_ns()}.txt"
+    command = [*COMMAND, "serve", "--model", str(model), "--port", "0", "--config", str(config), *arguments]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, stderr=out, stdout=out, env=os.environ | {"XLA_FLAGS": ""})
+    server = Server(process, "", folder, log)
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()
+        if found := re.search(r"listening on (\S+)", log.read_text()):
+            server.url = found[1]
+            with contextlib.suppress(httpx2.TransportError):
+                if not ready or httpx2.get(f"{server.url}/readyz").status_code == 200:
+                    return server
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())

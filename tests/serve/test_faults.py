@@ -1,0 +1,119 @@
+"""What the service promises when it is hurt: nothing accepted is lost, nothing is done twice, the bits are the same."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import httpx2
+import pytest
+import running
+from running import CLIP, COMMAND, SMALL
+
+from smartdiff_jax.client import ServiceError
+from smartdiff_jax.engine import store as stores
+
+LEASE = stores.LEASE_SECONDS
+
+
+def wait(client, job, *states, seconds=90):
+    until = time.monotonic() + seconds
+    while (now := client.get(job.id)).state not in (states or ("succeeded", "failed", "cancelled")):
+        assert time.monotonic() < until, now
+        time.sleep(0.02)
+    return now
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server, tmp_path, number):
+    """Killed in the middle of denoising, after at least one checkpoint, with others waiting behind it."""
+    video, picture = CLIP | dict(num_outputs=8, seed=5), SMALL
+    first = running.start(model, config, tmp_path)
+    with first.client() as client:
+        job = client.submit("a red fox", **video)
+        checkpoint = tmp_path / "artifacts" / job.id / "checkpoint.safetensors"
+        until = time.monotonic() + 90
+        while not (checkpoint.exists() and 0 < client.get(job.id).progress < 1):
+            assert time.monotonic() < until, client.get(job.id)
+            time.sleep(0.01)
+        behind = [client.submit("a dog", **picture | dict(seed=seed)) for seed in range(3)]
+        assert first.kill(number) is not None
+    second = running.start(model, config, tmp_path)
+    with second.client() as client, server.client() as undisturbed:
+        ended = [wait(client, each) for each in (job, *behind)]
+        assert [each.state for each in ended] == ["succeeded"] * 4, ended
+        assert len(client.jobs()) == 4
+        metrics = httpx2.get(f"{second.url}/metrics").text
+        assert 'smartdiff_resumed_jobs_total{model="tiny-wan"} 1.0' in metrics
+        whole = undisturbed.generate("a red fox", **video)
+        assert [client.read(url) for url in ended[0].files] == [undisturbed.read(url) for url in whole.files]
+        assert ended[0].report["steps"] == whole.report["steps"] == ["F" * 200] * 8
+        assert not checkpoint.exists()
+    second.stop()
+
+
+def test_signals_at_rest_end_it_cleanly(model, config, tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = running.start(model, config, tmp_path)
+        server.kill(number)
+        assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+def test_a_full_queue_says_when_to_come_again_and_a_key_what_it_may(model, config, tmp_path):
+    made = [subprocess.run([*COMMAND, "key", name], capture_output=True, text=True, check=True) for name in ("ann", "bob")]
+    ann, bob = (done.stderr.strip() for done in made)
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"{made[0].stdout}  max_queued: 2\n  max_running: 1\n{made[1].stdout}  max_work: 0.01\n")
+    assert ann not in keys.read_text()
+    server = running.start(model, config, tmp_path, "--keys", "keys.yaml", "--host", "0.0.0.0")
+    try:
+        for key in (None, "wrong"):
+            with pytest.raises(ServiceError) as raised:
+                server.client(api_key=key).jobs()
+            assert raised.value.status == 401 and raised.value.code == "invalid_api_key"
+        assert httpx2.get(f"{server.url}/healthz").status_code == 200
+        with server.client(api_key=ann) as client, server.client(api_key=bob) as other:
+            long = client.submit("a", **CLIP | dict(num_outputs=64))
+            wait(client, long, "running")
+            waiting = [client.submit("a", **SMALL) for _ in range(2)]
+            with pytest.raises(ServiceError) as raised:
+                client.submit("a", **SMALL)
+            assert raised.value.status == 429 and raised.value.code == "queue_full" and raised.value.retry_after >= 1
+            assert {client.get(job.id).state for job in waiting} == {"queued"}  # one at a time
+            with pytest.raises(ServiceError) as raised:
+                other.get(long.id)
+            assert raised.value.status == 404 and other.jobs() == []
+            with pytest.raises(ServiceError, match="megapixel-steps"):
+                other.submit("a", **CLIP)
+            assert other.generate("a", **SMALL).state == "succeeded"  # the other's turn comes within a chunk
+            for job in (long, *waiting):
+                client.cancel(job.id)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--host", "0.0.0.0"], "host='0.0.0.0': others can reach this address: give --keys"),
+        (["--store", "nonsense"], "store='nonsense'"),
+        (["--artifacts", "/proc/none"], "artifacts='/proc/none'"),
+        (["--model", "no-such-model"], "model='no-such-model'"),
+        (["--keys", "none.yaml"], "keys='none.yaml'"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path, arguments, words):
+    done = subprocess.run(
+        [*COMMAND, "serve", "--port", "0", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [*COMMAND, "serve", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"}
+        )
+    assert done.returncode == 2 and "port=" in done.stderr and "in use" in done.stderr, done.stderr
