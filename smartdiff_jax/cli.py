@@ -262,7 +262,9 @@ def convert(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file.")] = "pocket-video",
     stage: Annotated[str, typer.Option(help="prepare, autoencoder, denoiser, export, evaluate or all.")] = "all",
-    atlas: Annotated[Path, typer.Option(help="The training pictures; `prepare` makes the file.")] = Path("data/atlas.npz"),
+    atlas: Annotated[
+        Path | None, typer.Option(help="The sprites, which `prepare` makes; data/FILE of the recipe if not given.")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Checkpoints and logs; runs/RECIPE if not given.")] = None,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the trained model.")] = None,
     init_from: Annotated[Path | None, typer.Option(help="Start from the weights of this model folder.")] = None,

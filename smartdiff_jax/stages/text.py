@@ -46,6 +46,15 @@ class Branch:
     pooled_embeds: Any = None
 
 
+def text_states(source: TextSource, encoder: Any, ids: Int[Array, "b l"], mask: Int[Array, "b l"]) -> Array:
+    """What a model is told of token ids whose `mask` is 1: states [b, l - skip, d], or pooled [b, e]."""
+    kwargs = {} if source.layers is None else {"layers": source.layers}
+    states = encoder(ids, jnp.ones_like(mask) if source.attend_padding else mask, **kwargs)
+    if source.zero_padding:
+        states = states * mask[:, :, None].astype(states.dtype)
+    return states[:, source.skip :] if source.field == "text" else states
+
+
 class PromptEncoder:
     """One tokenizer and encoder. Prompts are padded to few lengths, so few executables serve all."""
 
@@ -56,13 +65,7 @@ class PromptEncoder:
         self._lock = threading.Lock()
 
         def encode(weights, ids, mask):
-            kwargs = {} if source.layers is None else {"layers": source.layers}
-            seen = jnp.ones_like(mask) if source.attend_padding else mask
-            states = nnx.merge(graphdef, weights)(ids, seen, **kwargs)
-            if source.zero_padding:
-                states = states * mask[:, :, None].astype(states.dtype)
-            states = states[:, source.skip :] if source.field == "text" else states
-            return states.astype(dtype)
+            return text_states(source, nnx.merge(graphdef, weights), ids, mask).astype(dtype)
 
         self._encode = jit_in(dtype, encode)
         ids = jax.ShapeDtypeStruct((1, source.max_length), jnp.int32)

@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m smartdiff_jax.training", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="pocket-video", help="a recipe's name, or a YAML file")
     parser.add_argument("--stage", default="all", choices=STAGES)
-    parser.add_argument("--atlas", type=Path, default=Path("data/atlas.npz"), help="training data; `prepare` makes it")
+    parser.add_argument("--atlas", type=Path, help="training data, which `prepare` makes; data/FILE of the recipe if not given")
     parser.add_argument("--run-dir", type=Path, help="checkpoints and logs; runs/NAME if not given")
     parser.add_argument("--out", type=Path, help="where the trained model goes; RUN_DIR/bundle if not given")
     parser.add_argument("--init-from", type=Path, help="start from the weights of this model folder")

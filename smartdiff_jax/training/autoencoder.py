@@ -1,4 +1,4 @@
-"""Trains the causal video autoencoder on rendered scenes, and measures what its latents look like.
+"""Trains the causal autoencoder on rendered scenes, videos or stills, and measures what its latents look like.
 
     loss = |x - y| + w_g (|dx/dt - dy/dt| + |dx/dh - dy/dh| + |dx/dw - dy/dw|) + w_kl KL(q(z|x) || N(0, 1))
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 from pydantic import NonNegativeFloat
 
-from smartdiff_jax.models.vae.wan_vae import ARCHITECTURE, WanVAEConfig
+from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.training.data.scenes import Scene, render
 from smartdiff_jax.training.loop import StageSettings
 from smartdiff_jax.training.state import Component, Optimizer, Params, TrainState
@@ -32,17 +32,25 @@ class AutoencoderSettings(StageSettings):
     gradient_weight: NonNegativeFloat = 0.5
 
 
-def component(numbers: Mapping[str, Any], dtype: Any) -> Component:
+def component(architecture: Architecture, numbers: Mapping[str, Any], dtype: Any) -> Component:
     """The autoencoder as it is trained: latents as they are, and no clipping of pixels, which has no gradient."""
     neutral = Statistics.neutral(numbers["z_dim"])
     changes = {"latents_mean": neutral.mean, "latents_std": neutral.std, "clip_output": False}
-    return Component.create(ARCHITECTURE, WanVAEConfig.model_validate({**numbers, **changes}), dtype)
+    return Component.create(architecture, architecture.config.model_validate({**numbers, **changes}), dtype)
+
+
+def init(vae: Component, num_frames: int, seed: int) -> Params:
+    """Fresh parameters. Stills never reach the taps of a kernel that look at the frames before: those are zero."""
+    params = vae.init(seed)
+    if num_frames > 1:
+        return params
+    return {name: value.at[:, :, :-1].set(0) if value.ndim == 5 else value for name, value in params.items()}
 
 
 def reconstruction_loss(x: Float[Array, "b t h w 3"], y: Float[Array, "b t h w 3"], gradient_weight: float) -> Float[Array, ""]:
-    """L1 of the pixels and of their differences along time, height and width."""
+    """L1 of the pixels and of their differences along time (where there is more than one frame), height and width."""
     error = y.astype(jnp.float32) - x.astype(jnp.float32)
-    steps = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
+    steps = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3) if error.shape[axis] > 1)
     return jnp.mean(jnp.abs(error)) + gradient_weight * steps
 
 

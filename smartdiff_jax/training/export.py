@@ -1,7 +1,7 @@
 """Writes a trained model as a folder in diffusers layout, under the key names of diffusers and transformers.
 
 The key rules of an architecture lead from checkpoint to parameter; here they are walked backwards. A key follows from its
-rule's pattern; the layout is undone by a small table, and every tensor is put through its own rule again before it is
+rule's pattern; the layout is undone by the family's `Trainee`, and every tensor is put through its own rule again before it is
 written: what the loader would make of it must be the parameter, to the bit.
 
 The bundled model is stored in 8 bits (`weights.quantized`), a snapshot to train on from in bfloat16.
@@ -9,7 +9,7 @@ The bundled model is stored in 8 bits (`weights.quantized`), a snapshot to train
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from smartdiff_jax.models.families import Family
 from smartdiff_jax.models.family import Architecture, KeyRule
 from smartdiff_jax.training.state import Component, Params, flatten
 from smartdiff_jax.training.tokenizer import tokenizer_config
+from smartdiff_jax.training.trainees import TRAINEES
+from smartdiff_jax.training.trainees.base import Trainee
 from smartdiff_jax.weights import quantized
 from smartdiff_jax.weights.folder import open_folder
 from smartdiff_jax.weights.stream import load
@@ -30,19 +32,12 @@ from smartdiff_jax.weights.tensor_file import write
 
 Storage = Literal["int8", "bfloat16"]
 DIFFUSERS_VERSION = "0.35.0"  # the first with everything the configs name
-CLASSES = {
-    "transformer": ("diffusers", "WanTransformer3DModel", "diffusion_pytorch_model"),
-    "vae": ("diffusers", "AutoencoderKLWan", "diffusion_pytorch_model"),
-    "text_encoder": ("transformers", "UMT5EncoderModel", "model"),
-}
-
-
-def checkpoint_tensors(name: str, component: Component, params: Params) -> dict[str, np.ndarray]:
+def checkpoint_tensors(name: str, component: Component, params: Params, trainee: Trainee) -> dict[str, np.ndarray]:
     """The parameters of a component by checkpoint key, in the checkpoint's layout, float32; stacked ones layer by layer.
 
     Raises CheckpointError for a parameter that no key rule leads to, or whose layout this module does not know.
     """
-    layout = LAYOUTS[name](component.config)
+    layout = trainee.layouts[name](component.config)
     tensors = {}
     for path, value in params.items():
         parameter = np.asarray(value, np.float32)
@@ -52,7 +47,7 @@ def checkpoint_tensors(name: str, component: Component, params: Params) -> dict[
             ours = parameter if layer is None else parameter[layer]
             theirs = np.ascontiguousarray(layout(path, ours))
             if not np.array_equal(rule.transform(theirs), ours):
-                raise CheckpointError(f"{name}: the layout of {path} is not known backwards; extend LAYOUTS in export.py")
+                raise CheckpointError(f"{name}: the layout of {path} is not known backwards; extend the layouts of its trainee")
             tensors[template.format(layer=layer)] = theirs
     return tensors
 
@@ -75,14 +70,14 @@ def _rule_for(architecture: Architecture, path: str) -> tuple[KeyRule, str]:
 
 
 def _key_of(pattern: str, groups: Mapping[str, str]) -> str:
-    """A key that a pattern of key rules matches: named groups as given, of other alternatives the first."""
+    """A key that a pattern of key rules matches: named groups as given, of other alternatives the first, what may be left out."""
     key = ""
     while pattern:
         if pattern.startswith("("):
             end = _closing(pattern)
             named = re.match(r"\(\?P<(\w+)>", pattern)
             key += groups[named[1]] if named else pattern[1:end].removeprefix("?:").split("|")[0]
-            pattern = pattern[end + 1 :]
+            pattern = pattern[end + 1 :].removeprefix("?")
         else:
             key, pattern = key + pattern[0], pattern[1:]
     return key.replace("\\.", ".")
@@ -95,42 +90,6 @@ def _closing(text: str) -> int:
         if depth == 0:
             return index
     raise ValueError(f"unbalanced pattern {text!r}")
-
-
-def _transformer_layout(config: Any) -> Callable[[str, np.ndarray], np.ndarray]:
-    def layout(path: str, x: np.ndarray) -> np.ndarray:
-        if path == "patch_embedding.kernel":
-            return x.reshape(*config.patch_size, config.in_channels, -1).transpose(4, 3, 0, 1, 2)
-        if path.endswith("scale_shift_table"):
-            return x[None]
-        return x.T if path.endswith(".kernel") else x
-
-    return layout
-
-
-def _vae_layout(config: Any) -> Callable[[str, np.ndarray], np.ndarray]:
-    def layout(path: str, x: np.ndarray) -> np.ndarray:
-        if path.endswith(".gamma"):
-            return x.reshape(-1, 1, 1) if ".attentions." in path else x.reshape(-1, 1, 1, 1)
-        if path.endswith(".kernel"):
-            # 5: [h w t i o] to [o i t h w]; 4: [h w i o] to [o i h w]; 2: a 1x1 convolution
-            orders = {5: (4, 3, 2, 0, 1), 4: (3, 2, 0, 1), 2: (1, 0)}
-            turned = x.transpose(orders[x.ndim])
-            return turned[:, :, None, None] if x.ndim == 2 else turned
-        return x
-
-    return layout
-
-
-def _text_encoder_layout(config: Any) -> Callable[[str, np.ndarray], np.ndarray]:
-    return lambda path, x: x.T if path.endswith(".kernel") else x
-
-
-LAYOUTS: dict[str, Callable[[Any], Callable[[str, np.ndarray], np.ndarray]]] = {
-    "transformer": _transformer_layout,
-    "vae": _vae_layout,
-    "text_encoder": _text_encoder_layout,
-}
 
 
 def export(
@@ -147,25 +106,29 @@ def export(
 
     trained: "transformer", "text_encoder" and "vae". shift: the default of sampling. card: text of README.md.
     """
+    trainee = TRAINEES[family.name]
     for name, (component, params) in trained.items():
-        library, class_name, stem = CLASSES[name]
+        library, class_name, stem = trainee.classes[name]
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        _write_json(target / "config.json", _config(name, class_name, component.config))
-        tensors = checkpoint_tensors(name, component, params)
+        about = {"architectures": [class_name]} if library == "transformers" else _about(class_name)
+        _write_json(target / "config.json", about | trainee.config_fields(name, component.config))
+        tensors = checkpoint_tensors(name, component, params, trainee)
         file = target / f"{stem}.safetensors"
         if storage == "int8":
             quantized.save(file, tensors)
         else:
             write(file, {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()})
-    _write_tokenizer(folder / "tokenizer", tokenizer, text_length)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_config(text_length, trainee.tokenizer))
+    scheduler = trainee.scheduler(shift)
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(shift))
-    index = {name: list(CLASSES[name][:2]) for name in trained}
+    _write_json(folder / "scheduler" / "scheduler_config.json", _about(scheduler["_class_name"]) | scheduler)
+    index = {name: list(trainee.classes[name][:2]) for name in trained}
     index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
-    about = {"_class_name": family.pipeline_class, "_diffusers_version": DIFFUSERS_VERSION}
-    _write_json(folder / "model_index.json", about | dict(sorted(index.items())))
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    _write_json(folder / "model_index.json", _about(family.pipeline_class) | dict(sorted(index.items())))
     (folder / "README.md").write_text(card)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
@@ -179,34 +142,8 @@ def restore(folder: Path, name: str, architecture: Architecture) -> tuple[Any, P
     return config, flatten(state)
 
 
-def _config(name: str, class_name: str, config: Any) -> dict[str, Any]:
-    fields = config.model_dump(mode="json")
-    if name == "text_encoder":
-        special = {"pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0, "tie_word_embeddings": True}
-        return {"architectures": [class_name], **fields, **special}
-    if name == "vae":
-        del fields["clip_output"]  # ours alone; the default is the exported model's
-        fields |= {"scale_factor_temporal": config.temporal_stride, "scale_factor_spatial": config.spatial_stride}
-    return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION, **fields}
-
-
-def _scheduler(shift: float) -> dict[str, Any]:
-    return {
-        "_class_name": "UniPCMultistepScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-        "solver_order": 2,
-        "solver_type": "bh2",
-    }
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, text_length: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(text_length))
+def _about(class_name: str) -> dict[str, Any]:
+    return {"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION}
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

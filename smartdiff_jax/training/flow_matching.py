@@ -6,20 +6,16 @@ sigma is the logistic of a normal variable, bent by the shift that sampling uses
 the text says what to draw, gets most of the steps. Its quantiles are spread evenly over each batch. A share of the captions
 is empty, for classifier-free guidance.
 
-What made earlier small models deaf to their text is avoided here: words are tokens, the text embedder and the time
-embedder start at full scale (upstream's 0.02 is for large pre-trained encoders), and cross-attention has no gate to open first.
-The order of words is given too: two heads of the text encoder start by looking at the word before and the word behind. With
-upstream's start a model of this size reads a bag of words, and swaps the colours of an object and its background.
+What made earlier small models deaf to their text is avoided in how each family starts (`trainees`): words are tokens, the text
+reaches every block from the first step at full scale, and the text encoder is given the order of words.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn import initializers
 from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -27,18 +23,16 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
-from smartdiff_jax.models.text.umt5 import relative_position_buckets
+from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS
 from smartdiff_jax.sharding.context_parallel import LocalAttend
+from smartdiff_jax.stages.text import text_states
 from smartdiff_jax.training.loop import StageSettings
 from smartdiff_jax.training.pool import Pool
 from smartdiff_jax.training.state import Component, Optimizer, Params, TrainState
+from smartdiff_jax.training.trainees.base import EMBEDDING, TEXT_ENCODER, TRANSFORMER, Trainee
 
-TRANSFORMER, TEXT_ENCODER = "transformer.", "text_encoder."
-FULL_SCALE = tuple(f"{TRANSFORMER}{name}.linear_{i}.kernel" for name in ("text_embedder", "time_embedder") for i in (1, 2))
-EMBEDDING = f"{TEXT_ENCODER}embedding"
-POSITIONS = f"{TEXT_ENCODER}blocks.attention.relative_bias"
-NEIGHBOUR_BIAS = 4.0  # logits; those of content start with a deviation of 1
+Rope = tuple[np.ndarray, np.ndarray]
 
 
 class DenoiserSettings(StageSettings):
@@ -68,19 +62,11 @@ def attend_with(name: str) -> Attend:
     return LocalAttend(ATTENTION[name])
 
 
-def init(transformer: Component, text_encoder: Component, seed: int) -> Params:
+def init(transformer: Component, text_encoder: Component, trainee: Trainee, seed: int) -> Params:
     """Fresh parameters of both, under one flat dictionary with a prefix each."""
     params = {TRANSFORMER + name: value for name, value in transformer.init(seed).items()}
     params |= {TEXT_ENCODER + name: value for name, value in text_encoder.init(seed + 1).items()}
-    for number, name in enumerate(FULL_SCALE):
-        key = jax.random.fold_in(jax.random.key(seed + 2), number)
-        params[name] = initializers.xavier_uniform()(key, params[name].shape, jnp.float32)
-    config = text_encoder.config
-    buckets = config.relative_attention_num_buckets, config.relative_attention_max_distance
-    before, _, behind = relative_position_buckets(2, *buckets)
-    for head, bucket in enumerate((before, behind)[: config.num_heads]):
-        params[POSITIONS] = params[POSITIONS].at[:, bucket, head].add(NEIGHBOUR_BIAS)
-    return params
+    return trainee.start(params, transformer, text_encoder, seed)
 
 
 def part_of(params: Params, prefix: str) -> Params:
@@ -88,11 +74,11 @@ def part_of(params: Params, prefix: str) -> Params:
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def text_states(encoder: Any, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-    """States of the text, zero behind its end (token 0 is padding)."""
+def told(source: TextSource, encoder: Any, ids: Int[Array, "b l"]) -> tuple[Float[Array, "b m d"], Int[Array, " b"] | None]:
+    """States of the text (token 0 is padding), and how many count, where the model is told."""
     mask = (ids != 0).astype(jnp.int32)
-    states = encoder(ids, mask)
-    return states * mask[:, :, None].astype(states.dtype)
+    length = jnp.sum(mask, axis=1) - source.skip if source.buckets else None
+    return text_states(source, encoder, ids, mask), length
 
 
 def draw_sigmas(key: Array, n: int, mean: float, std: float, shift: float) -> Float[Array, " n"]:
@@ -111,13 +97,17 @@ def make_optimizer(settings: DenoiserSettings) -> Optimizer:
 def make_call(
     transformer: Component,
     text_encoder: Component,
+    source: TextSource,
     settings: DenoiserSettings,
-    rope: tuple[np.ndarray, np.ndarray],
+    ropes: tuple[Rope, Rope | None],
     seed: int,
 ) -> Callable[[TrainState, Any, Pool, Any], tuple[TrainState, Array]]:
-    """The compiled call: (state, learning rate, pool, how many of its clips count) to the state after k steps and the loss."""
+    """The compiled call: (state, learning rate, pool, how many of its samples count) to the state after k steps and the loss.
+
+    source: of the text. ropes: rotary tables of the tokens, and of the text where it has positions.
+    """
     optimizer, attend, batch = make_optimizer(settings), attend_with(settings.attention), settings.batch_size
-    tables = jnp.asarray(rope[0])[None], jnp.asarray(rope[1])[None]
+    rope, text_rope = jax.tree.map(lambda table: jnp.asarray(table)[None], ropes)
 
     def loss(params: Params, data: Array, ids: Array, key: Array) -> Array:
         sigma_key, noise_key = jax.random.split(key)
@@ -125,11 +115,12 @@ def make_call(
         noise = jax.random.normal(noise_key, data.shape)
         data = data.astype(jnp.float32)
         mixed = data + sigma[:, None, None] * (noise - data)
-        text = text_states(text_encoder.module(part_of(params, TEXT_ENCODER)), ids)
+        text, length = told(source, text_encoder.module(part_of(params, TEXT_ENCODER)), ids)
         model = transformer.module(part_of(params, TRANSFORMER))
-        hidden, context = model.embed(mixed, sigma * NUM_TRAIN_TIMESTEPS, Conditioning(text, tables))
+        conditioning = Conditioning(text, rope, text_rope, length)
+        hidden, context = model.embed(mixed, sigma * NUM_TRAIN_TIMESTEPS, conditioning)
 
-        def run(hidden: Array, context: Any, block: int) -> Array:
+        def run(hidden: Any, context: Any, block: int) -> Any:
             return model.run_blocks(hidden, context, attend, block, block + 1)
 
         if settings.recompute:
@@ -154,14 +145,3 @@ def make_call(
         return state, jnp.mean(values)
 
     return jax.jit(call, donate_argnums=0)
-
-
-def flops_per_step(transformer: Component, tokens: int, text_length: int, batch: int) -> float:
-    """Floating-point operations of one training step of the transformer: three times its forward pass."""
-    config = transformer.config
-    dim, ffn, layers = config.dim, config.ffn_dim, config.num_layers
-    per_token = 6 * dim**2 + 2 * dim * ffn + 2 * dim * (tokens + text_length)
-    per_text_token = 2 * dim**2
-    per_clip = layers * (tokens * per_token + text_length * per_text_token)
-    patch = math.prod(config.patch_size) * config.in_channels
-    return 3.0 * 2.0 * batch * (per_clip + 2 * tokens * dim * patch)

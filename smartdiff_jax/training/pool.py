@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tokenizers import Tokenizer
 
-from smartdiff_jax.training.data.captions import Captioner
-from smartdiff_jax.training.data.scenes import Scene, stage
+from smartdiff_jax.training.data.scenes import Scene
 from smartdiff_jax.training.loop import Prefetch
-from smartdiff_jax.training.tokenizer import encode
+from smartdiff_jax.training.worlds import World
 
 STRANGE_SHARE = 0.06
 """Share of captions with a made-up word in them: a model that never saw one is thrown off by the first it meets."""
@@ -58,24 +56,29 @@ put = jax.jit(_put, donate_argnums=0)
 """Compiled: clips in place of those from row `at` on; takes the pool over."""
 
 
-def scene_batches(captioner: Captioner, frames: int, calls: int, batch: int, rng: np.random.Generator) -> tuple[Any, Scene]:
+def scene_batches(world: World, calls: int, batch: int, rng: np.random.Generator) -> tuple[Any, Scene]:
     """What is shown, and scenes [calls, batch, ...]."""
-    choice = captioner.choose(calls * batch, rng)
-    scenes = stage(captioner.atlas, choice, rng, frames)
+    choice = world.captioner.choose(calls * batch, rng)
+    scenes = world.stage(choice, rng)
     return choice, jax.tree.map(lambda a: a.reshape(calls, batch, *a.shape[1:]), scenes)
 
 
 def part_maker(
-    captioner: Captioner, tokenizer: Tokenizer, frames: int, calls: int, batch: int, variants: int, seed: Sequence[int]
+    world: World,
+    tokenize: Callable[[Sequence[str]], Int[np.ndarray, "n l"]],
+    calls: int,
+    batch: int,
+    variants: int,
+    seed: Sequence[int],
 ) -> Callable[[int], tuple[Scene, Int[np.ndarray, "n v l"]]]:
     """A function from the number of a part to its scenes [calls, batch, ...] and the token ids of their captions."""
 
     def make(index: int) -> tuple[Scene, Int[np.ndarray, "n v l"]]:
         rng = np.random.default_rng([*seed, index])
-        choice, scenes = scene_batches(captioner, frames, calls, batch, rng)
+        choice, scenes = scene_batches(world, calls, batch, rng)
         dice = random.Random(int(rng.integers(2**62)))
-        texts = [with_strange_words(captioner.captions(choice, rng), dice) for _ in range(variants)]
-        return scenes, np.stack([encode(tokenizer, text) for text in texts], axis=1)
+        texts = [with_strange_words(world.captioner.captions(choice, rng), dice) for _ in range(variants)]
+        return scenes, np.stack([tokenize(text) for text in texts], axis=1)
 
     return make
 

@@ -5,6 +5,7 @@
     RUN/latents.json                       mean and deviation of the latents: the autoencoder is done
     RUN/sheets/*.png, log.txt, scores.json, cache/ (compiled code)
     RUN/bundle/, RUN/snapshot/             the model in 8 bits, and in bfloat16 to start another run from (`init_from`)
+    RUN/NAME.yaml                          what `config/models` says of it, once it is bundled
 
 A run may be cut into several calls (`call_minutes`): each goes on where the last one stopped. With `finish`, a call ends the
 schedule of the denoiser when its own time ends.
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from tokenizers import Tokenizer
 
 from smartdiff_jax.errors import InvalidConfig
@@ -31,16 +33,18 @@ from smartdiff_jax.training.checkpoints import Checkpoints
 from smartdiff_jax.training.data import atlas as atlas_file
 from smartdiff_jax.training.data import prepare
 from smartdiff_jax.training.data.captions import Captioner
+from smartdiff_jax.training.data.pictures import PictureCaptioner
 from smartdiff_jax.training.data.scenes import Scene, pack
 from smartdiff_jax.training.evaluate import Prompts, Scorer, evaluate, scoring_prompts
 from smartdiff_jax.training.export import Storage, export, restore
-from smartdiff_jax.training.flow_matching import TEXT_ENCODER, TRANSFORMER
 from smartdiff_jax.training.loop import Log, Prefetch, StageSettings, run
 from smartdiff_jax.training.pool import Filler, Pool, part_maker, scene_batches
 from smartdiff_jax.training.sampling import Generator, sheet
 from smartdiff_jax.training.settings import Recipe, load_recipe
 from smartdiff_jax.training.state import Budget, Component, Optimizer, Params, TrainState, count
 from smartdiff_jax.training.tokenizer import build_tokenizer, encode
+from smartdiff_jax.training.trainees.base import TEXT_ENCODER, TRANSFORMER
+from smartdiff_jax.training.worlds import World, captioner_of
 
 STAGES = ("prepare", "autoencoder", "denoiser", "export", "evaluate", "all")
 AFTERWARDS_SECONDS = 75.0  # of a call's time, kept for export and evaluation
@@ -75,10 +79,14 @@ class Run:
     # What the stages share, made when first asked for.
 
     @cached_property
-    def captioner(self) -> Captioner:
+    def captioner(self) -> Captioner | PictureCaptioner:
         if not self._atlas_file.is_file():
             raise InvalidConfig("atlas", str(self._atlas_file), "no such file; `--stage prepare` makes it")
-        return Captioner(atlas_file.load(self._atlas_file))
+        return captioner_of(self.recipe.served_by.task, atlas_file.load(self._atlas_file))
+
+    @cached_property
+    def world(self) -> World:
+        return World.of(self.recipe.served_by.task, self.captioner, self.recipe.output.num_frames)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -88,11 +96,16 @@ class Run:
                 tokenizer = Tokenizer.from_file(str(self._init_from / "tokenizer" / "tokenizer.json"))
             else:
                 rng = np.random.default_rng(self.recipe.seed)
-                captions = self.captioner.captions(self.captioner.choose(text.captions, rng), rng)
+                choice: Any = self.captioner.choose(text.captions, rng)
+                captions = map(self.recipe.trainee.text, self.captioner.captions(choice, rng))
                 words = [*captions, *self.captioner.vocabulary()]
-                tokenizer = build_tokenizer(words, text.vocab_size, text.max_length)
+                tokenizer = build_tokenizer(words, text.vocab_size, text.max_length, self.recipe.trainee.tokenizer)
             tokenizer.save(str(file))
         return Tokenizer.from_file(str(file))
+
+    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
+        """Token ids int32 [n, l] of captions in the family's template."""
+        return encode(self.tokenizer, list(map(self.recipe.trainee.text, captions)))
 
     @cached_property
     def bank(self) -> jax.Array:
@@ -104,7 +117,7 @@ class Run:
 
     @cached_property
     def vae(self) -> Component:
-        return autoencoder.component(self.recipe.vae, self.dtype)
+        return autoencoder.component(self.recipe.served_by.architectures["vae"], self.recipe.vae, self.dtype)
 
     @cached_property
     def transformer(self) -> Component:
@@ -121,19 +134,22 @@ class Run:
 
     @cached_property
     def generator(self) -> Generator:
-        kernel = self.recipe.denoiser.attention
-        return Generator(self.recipe.served_by, self.transformer, self.text_encoder, self.latent_shape, kernel)
+        recipe = self.recipe
+        return Generator(
+            recipe.served_by, self.transformer, self.text_encoder, self.latent_shape, recipe.text.max_length,
+            recipe.served_as, recipe.denoiser.attention,
+        )  # fmt: skip
 
     @property
     def _size(self) -> tuple[int, int]:
-        return self.recipe.video.height, self.recipe.video.width
+        return self.recipe.output.height, self.recipe.output.width
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(c, f, h, w)."""
-        video, vae = self.recipe.video, self.vae.config
-        frames = 1 + (video.num_frames - 1) // vae.temporal_stride
-        return vae.z_dim, frames, video.height // vae.spatial_stride, video.width // vae.spatial_stride
+        output, vae = self.recipe.output, self.vae.config
+        frames = 1 + (output.num_frames - 1) // max(1, vae.temporal_stride)
+        return vae.z_dim, frames, output.height // vae.spatial_stride, output.width // vae.spatial_stride
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -150,7 +166,8 @@ class Run:
         """The atlas, if it is not there yet, and the tokenizer."""
         if not self._atlas_file.is_file():
             self.log(f"fetching the pinned packages and building {self._atlas_file}")
-            prepare(self._atlas_file.parent / "packages", self._atlas_file)
+            settings = self.recipe.atlas
+            prepare(self._atlas_file.parent / "packages", self._atlas_file, settings.side, settings.animated)
         atlas = self.captioner.atlas
         self.log(f"atlas: {len(atlas.names)} subjects, {len(atlas.sprites)} sprites, {len(atlas.clips)} animated")
         self.log(f"tokenizer: {self.tokenizer.get_vocab_size()} tokens")
@@ -159,7 +176,7 @@ class Run:
         """Train the autoencoder and measure its latents; whether it is done."""
         if (self.folder / "latents.json").is_file():
             return True
-        settings, video, seed = self.recipe.autoencoder, self.recipe.video, self.recipe.seed
+        settings, seed = self.recipe.autoencoder, self.recipe.seed
         optimizer = Optimizer(settings.weight_decay, settings.gamma)
         if self._init_from is not None:
             config, params = restore(self._init_from, "vae", self.vae.architecture)
@@ -171,12 +188,10 @@ class Run:
 
         def scenes(index: int) -> Scene:
             rng = np.random.default_rng([seed, 1, index])
-            return scene_batches(
-                self.captioner, video.num_frames, settings.steps_per_call, settings.batch_size, rng
-            )[1]  # fmt: skip
+            return scene_batches(self.world, settings.steps_per_call, settings.batch_size, rng)[1]
 
         with self._checkpoints("autoencoder") as checkpoints:
-            state, budget = self._start(checkpoints, settings, optimizer, lambda: self.vae.init(seed))
+            state, budget = self._start(checkpoints, settings, optimizer, self._first_vae)
             self.log(f"autoencoder: {count(state.params) / 1e6:.2f} M parameters")
             with Prefetch(scenes, int(state.step) // settings.steps_per_call) as batches:
                 state, over = run(
@@ -196,7 +211,7 @@ class Run:
         latents = self.codec.encode(state.average, self.bank, scenes, neutral)[: len(true)]
         restored = np.asarray(self.codec.decode(state.average, latents, neutral))
         quality = psnr(true, restored)
-        self.log(f"autoencoder: step {int(state.step)}, PSNR {quality:.2f} dB on {len(true)} unseen clips")
+        self.log(f"autoencoder: step {int(state.step)}, PSNR {quality:.2f} dB on {len(true)} unseen scenes")
         pairs = np.stack([true, restored], 1)[:8].reshape(-1, *true.shape[1:])
         labels = ["original", "restored"] * (len(pairs) // 2)
         sheet(pairs, labels, self.folder / "sheets" / f"autoencoder-{int(state.step):06d}.png")
@@ -206,30 +221,31 @@ class Run:
         """One part of scenes, the same in every run, from numbers that training does not draw."""
         settings = self.recipe.denoiser.part_calls, self.recipe.autoencoder.batch_size
         rng = np.random.default_rng([self.recipe.seed, 0])
-        return scene_batches(self.captioner, self.recipe.video.num_frames, *settings, rng)[1]
+        return scene_batches(self.world, *settings, rng)[1]
 
     def denoiser(self) -> bool:
         """Train transformer and text encoder; whether they are done."""
         recipe, settings, family = self.recipe, self.recipe.denoiser, self.recipe.served_by
         statistics, vae_params = self._statistics(), self._average("autoencoder")
-        rope, _ = family.rope(self.transformer.config, self.grid, 0, 0)
-        compiled = flow_matching.make_call(self.transformer, self.text_encoder, settings, rope, recipe.seed)
+        source = family.text[0]
+        ropes = family.rope(self.transformer.config, self.grid, recipe.text.max_length - source.skip, 0)
+        compiled = flow_matching.make_call(self.transformer, self.text_encoder, source, settings, ropes, recipe.seed)
         packed = jax.jit(self._patches.pack)
         batch = recipe.autoencoder.batch_size
-        prompts = scoring_prompts(self.captioner, recipe.scoring.prompts)
+        prompts = scoring_prompts(self.world, recipe.scoring.prompts)
 
         def encode_scenes(scenes: Scene) -> jax.Array:
             return packed(self.codec.encode(vae_params, self.bank, scenes, statistics))
 
-        with self._checkpoints("denoiser") as checkpoints, Scorer(self.captioner.atlas) as scorer:
+        with self._checkpoints("denoiser") as checkpoints, Scorer(self.world) as scorer:
             optimizer = flow_matching.make_optimizer(settings)
             state, budget = self._start(checkpoints, settings, optimizer, self._first_weights, self._finish)
             if budget.fraction(int(state.step)) >= 1:
                 return True
             self.log(f"denoiser: {count(state.params) / 1e6:.2f} M parameters, {self._numbers_of_work()}")
             make = part_maker(
-                self.captioner, self.tokenizer, recipe.video.num_frames, settings.part_calls, batch,
-                settings.variants, seed=(recipe.seed, 2, int(state.step)),
+                self.world, self.tokenize, settings.part_calls, batch, settings.variants,
+                seed=(recipe.seed, 2, int(state.step)),
             )  # fmt: skip
             tokens = int(np.prod(self.grid)), self.latent_shape[0] * int(np.prod(self._patches.size))
             pool = Pool.empty(settings.pool_size, tokens, settings.variants, recipe.text.max_length)
@@ -237,7 +253,7 @@ class Run:
                 filler = Filler(pool, encode_scenes, parts, settings.fill_share, settings.refresh_share)
                 filler.prefill(settings.pool_size // 8)
                 pace = settings.part_calls * batch / filler.part_seconds
-                self.log(f"denoiser: {filler.filled} clips encoded, {pace:.0f} clips/s")
+                self.log(f"denoiser: {filler.filled} scenes encoded, {pace:.0f} scenes/s")
 
                 def call(state: TrainState, rate: float) -> tuple[TrainState, jax.Array]:
                     filler.keep_up()
@@ -250,13 +266,13 @@ class Run:
                     scorer.submit(clips, prompts, lambda scores: self.log(f"denoiser: step {step}, {scores}"))
 
                 _, over = run("denoiser", call, state, settings, budget, checkpoints, self.log, report)
-                self.log(f"denoiser: {filler.filled} clips in the pool, {filler.encoded} encoded in all")
+                self.log(f"denoiser: {filler.filled} scenes in the pool, {filler.encoded} encoded in all")
         return over
 
     def export(self) -> None:
         """Write the bundle (8 bits) and the snapshot (bfloat16) from the newest averages."""
-        statistics, params = self._statistics(), self._average("denoiser")
-        numbers = self.recipe.vae | {"latents_mean": statistics.mean, "latents_std": statistics.std}
+        recipe, statistics, params = self.recipe, self._statistics(), self._average("denoiser")
+        numbers = recipe.vae | {"latents_mean": statistics.mean, "latents_std": statistics.std}
         trained = {
             "vae": (self._component("vae", numbers), self._average("autoencoder")),
             "transformer": (self.transformer, flow_matching.part_of(params, TRANSFORMER)),
@@ -268,10 +284,14 @@ class Run:
         folders: tuple[tuple[Path, Storage], ...] = ((self.out, "int8"), (self.folder / "snapshot", "bfloat16"))
         for folder, storage in folders:
             size = export(
-                folder, self.recipe.served_by, trained, self.tokenizer, self.recipe.text.max_length,
-                self.recipe.denoiser.shift, self._card(), storage,
+                folder, recipe.served_by, trained, self.tokenizer, recipe.text.max_length,
+                recipe.denoiser.shift, self._card(), storage,
             )  # fmt: skip
             self.log(f"export: {folder}, {size / 1e6:.2f} MB of weights as {storage}")
+        spec = recipe.spec(sum(numbers.values())).model_dump(mode="json", exclude_defaults=True)
+        file = self.folder / f"{recipe.name}.yaml"
+        file.write_text(yaml.safe_dump(spec, sort_keys=False, width=128, default_flow_style=False))
+        self.log(f"export: {file}")
 
     def evaluate(self) -> None:
         """Score the exported bundle, as it will be loaded, and write the scores into its card."""
@@ -289,10 +309,10 @@ class Run:
             return clips
 
         made: list[np.ndarray] = []
-        with Scorer(self.captioner.atlas) as scorer:
-            scores = evaluate(generate, self.captioner, scorer, self.recipe.scoring.prompts)
+        with Scorer(self.world) as scorer:
+            scores = evaluate(generate, self.world, scorer, self.recipe.scoring.prompts)
         for name, held_out, clips in zip(("trained", "held_out"), (False, True), made, strict=True):
-            prompts = scoring_prompts(self.captioner, self.recipe.scoring.prompts, held_out)
+            prompts = scoring_prompts(self.world, self.recipe.scoring.prompts, held_out)
             self._sheet(f"final-{name}", clips, prompts, SHEET_CLIPS)
             self.log(f"evaluate: {name} {scores[name]}")
         self._note_scores(scores)
@@ -300,10 +320,8 @@ class Run:
 
     def generate(self, params: Params, vae_params: Params, statistics: Statistics, texts: Sequence[str]) -> np.ndarray:
         """Frames uint8 [n, f, h, w, 3] of the prompts."""
-        scoring = self.recipe.scoring
         latents = self.generator(
-            params, encode(self.tokenizer, texts), encode(self.tokenizer, [""]), self.recipe.seed,
-            scoring.num_inference_steps, scoring.guidance_scale, self.recipe.denoiser.shift, scoring.sampler,
+            params, self.tokenize(texts), self.tokenize([""]), self.recipe.seed, self.recipe.scoring.num_inference_steps
         )  # fmt: skip
         return np.asarray(self.codec.decode(vae_params, latents, statistics))
 
@@ -330,9 +348,12 @@ class Run:
         deadline = self._deadline - AFTERWARDS_SECONDS
         return state, Budget(settings.minutes, settings.steps, spent, deadline, finish)
 
+    def _first_vae(self) -> Params:
+        return autoencoder.init(self.vae, self.recipe.output.num_frames, self.recipe.seed)
+
     def _first_weights(self) -> Params:
         if self._init_from is None:
-            return flow_matching.init(self.transformer, self.text_encoder, self.recipe.seed)
+            return flow_matching.init(self.transformer, self.text_encoder, self.recipe.trainee, self.recipe.seed)
         params: Params = {}
         for component, prefix, name in (
             (self.transformer, TRANSFORMER, "transformer"), (self.text_encoder, TEXT_ENCODER, "text_encoder")
@@ -374,15 +395,15 @@ class Run:
         return model_card(self.recipe, self._scores())
 
     def _numbers_of_work(self) -> str:
-        settings, tokens = self.recipe.denoiser, int(np.prod(self.grid))
-        flops = flow_matching.flops_per_step(self.transformer, tokens, self.recipe.text.max_length, settings.batch_size)
-        return f"{tokens} tokens a clip, {flops / 1e12:.2f} TFLOP a step"
+        tokens, text = int(np.prod(self.grid)), self.recipe.text.max_length - self.recipe.served_by.text[0].skip
+        forward = self.recipe.trainee.forward_flops(self.transformer.config, tokens, text)
+        return f"{tokens} tokens a sample, {3 * self.recipe.denoiser.batch_size * forward / 1e12:.2f} TFLOP a step"
 
 
 def main_train(
     recipe: str | Path = "pocket-video",
     stage: str = "all",
-    atlas: Path = Path("data/atlas.npz"),
+    atlas: Path | None = None,
     run_dir: Path | None = None,
     out: Path | None = None,
     init_from: Path | None = None,
@@ -392,7 +413,8 @@ def main_train(
 ) -> None:
     """Carry out one stage of a recipe, or all of them, as far as `call_minutes` allow.
 
-    recipe: a name in `training/recipes`, or a YAML file. overrides: "section.field=value". Other arguments: see `Run`.
+    recipe: a name in `training/recipes`, or a YAML file. atlas: data/FILE, as the recipe names it, if not given.
+    overrides: "section.field=value". Other arguments: see `Run`.
     Raises SmartdiffError for a wrong recipe, a missing stage or a run that diverged.
     """
     began = time.monotonic()
@@ -405,7 +427,7 @@ def main_train(
     if jax.default_backend() == "gpu":  # where compiling takes minutes, and a run is cut into several calls
         jax.config.update("jax_compilation_cache_dir", str((folder / "cache").absolute()))
     deadline = float("inf") if call_minutes is None else began + 60 * call_minutes
-    training = Run(settings, atlas, folder, out, init_from, deadline, finish)
+    training = Run(settings, atlas or Path("data") / settings.atlas.file, folder, out, init_from, deadline, finish)
     if stage != "all":
         getattr(training, stage)()
         return

@@ -10,16 +10,19 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image, ImageDraw
 
 from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.config.model import SamplingDefaults
 from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.models.families import Family
 from smartdiff_jax.models.family import Conditioning
-from smartdiff_jax.samplers import MAX_STEPS, SAMPLERS
+from smartdiff_jax.samplers import SAMPLERS
+from smartdiff_jax.samplers.base import MAX_STEPS, Spacing
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.stages.denoise import DenoiseLoop
-from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain
-from smartdiff_jax.training.flow_matching import TEXT_ENCODER, TRANSFORMER, attend_with, part_of, text_states
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
+from smartdiff_jax.training.flow_matching import attend_with, part_of, told
 from smartdiff_jax.training.state import Component, Params
+from smartdiff_jax.training.trainees.base import TEXT_ENCODER, TRANSFORMER
 
 MARGIN, LABEL = 4, 14
 
@@ -33,17 +36,21 @@ class Generator:
         transformer: Component,
         text_encoder: Component,
         latent_shape: tuple[int, int, int, int],
+        text_length: int,
+        sampling: SamplingDefaults,
         attention: str,
     ):
+        """text_length: tokens of a text, its template's included. sampling: as the model will be served."""
+        self._sampling, source = sampling, family.text[0]
         patches = family.patches(transformer.config)
         grid = patches.grid((1, *latent_shape))
-        rope, _ = family.rope(transformer.config, grid, 0, 0)
-        cos, sin = (jnp.broadcast_to(table, (2, 1, *table.shape)) for table in rope)
-        self._rope = cos, sin
+        ropes = family.rope(transformer.config, grid, text_length - source.skip, 0)
+        self._ropes = jax.tree.map(lambda table: jnp.broadcast_to(table, (2, 1, *table.shape)), ropes)
         attend, layout = attend_with(attention), Layout(make_mesh(MeshConfig()))
         guidance = GUIDANCE["sequential"](layout.as_branches)
-        self._loop = DenoiseLoop(transformer.graphdef, attend, guidance, combine_plain, transformer.dtype, layout)
-        self._encode = jax.jit(lambda params, ids: text_states(text_encoder.module(params), ids))
+        combine = combine_for(sampling)
+        self._loop = DenoiseLoop(transformer.graphdef, attend, guidance, combine, transformer.dtype, layout)
+        self._encode = jax.jit(lambda params, ids: told(source, text_encoder.module(params), ids))
         self._weights = jax.jit(transformer.weights)
         self._unpack = jax.jit(lambda tokens: patches.unpack(tokens, grid))
 
@@ -59,29 +66,28 @@ class Generator:
         empty: Int[np.ndarray, "1 l"],
         seed: int,
         num_steps: int,
-        guidance_scale: float,
-        shift: float,
-        sampler: str,
     ) -> Float[Array, "n c f h w"]:
         """ids: of the prompts; empty: of the empty prompt, for guidance. params: of transformer and text encoder."""
-        n = len(ids)
-        states = self._encode(part_of(params, TEXT_ENCODER), np.concatenate([ids, np.repeat(empty, n, axis=0)]))
-        conditioning = Conditioning(states.reshape(2, n, *states.shape[1:]), self._rope)
-        solver, policy = SAMPLERS[sampler], POLICIES["none"]()
+        n, sampling = len(ids), self._sampling
+        encoded = self._encode(part_of(params, TEXT_ENCODER), np.concatenate([ids, np.repeat(empty, n, axis=0)]))
+        text, length = jax.tree.map(lambda leaf: leaf.reshape(2, n, *leaf.shape[1:]), encoded)
+        conditioning = Conditioning(text, self._ropes[0], self._ropes[1], length)
+        solver, policy = SAMPLERS[sampling.sampler], POLICIES["none"]()
         weights = self._weights(part_of(params, TRANSFORMER))
         tokens = self._noise(np.uint32(seed), n)
         start, run = self._loop.functions(weights, tokens, conditioning, policy, solver)
         carry = start(weights, tokens, conditioning, policy, solver)
-        schedule = solver.schedule(num_steps, shift)
-        scale = np.full(MAX_STEPS, guidance_scale, np.float32)
+        schedule = solver.schedule(num_steps, sampling.shift, Spacing(sampling.from_one, sampling.terminal))
+        scale = np.full(MAX_STEPS, sampling.guidance_scale, np.float32)
         lo, hi = np.int32(0), np.int32(num_steps)
         carry = run(weights, carry, conditioning, schedule, scale, policy, solver, lo, hi, lo)
         return self._unpack(carry.tokens)
 
 
-def sheet(clips: UInt8[np.ndarray, "n f h w 3"], labels: Sequence[str], file: Path, frames: int = 4, columns: int = 2) -> None:
-    """A picture of `frames` frames of every clip in a row of its own, `columns` rows side by side, each with its label."""
+def sheet(clips: UInt8[np.ndarray, "n f h w 3"], labels: Sequence[str], file: Path, frames: int = 4) -> None:
+    """A picture of `frames` frames of every clip in a row of its own with its label; two rows side by side, of stills four."""
     n, total, height, width, _ = clips.shape
+    columns = 4 if total == 1 else 2
     wanted = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
     cell = len(wanted) * (width + MARGIN) + 2 * MARGIN, height + LABEL + MARGIN
     rows = -(-n // columns)
@@ -89,7 +95,7 @@ def sheet(clips: UInt8[np.ndarray, "n f h w 3"], labels: Sequence[str], file: Pa
     draw = ImageDraw.Draw(canvas)
     for index, (clip, label) in enumerate(zip(clips, labels, strict=True)):
         left, top = (index % columns) * cell[0] + MARGIN, (index // columns) * cell[1]
-        draw.text((left, top + 1), label[: cell[0] // 6], fill="black")
+        draw.text((left, top + 1), label if total == 1 else label[: cell[0] // 6], fill="black")
         for column, frame in enumerate(wanted):
             canvas.paste(Image.fromarray(clip[frame]), (left + column * (width + MARGIN), top + LABEL))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,28 +9,43 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.families import FAMILIES, Family
 from smartdiff_jax.registry import Registry
 from smartdiff_jax.training.autoencoder import AutoencoderSettings
+from smartdiff_jax.training.data.atlas import SIDE
 from smartdiff_jax.training.flow_matching import DenoiserSettings
+from smartdiff_jax.training.trainees import TRAINEES, Trainee
+
+FOLLOWING = frozenset({"width", "height", "num_frames", "fps", "shift", "dynamic_shift"})
+"""Defaults of sampling that follow from what the model is trained at."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class VideoSettings(_Section):
-    """Of the clips: pixels, frames, frames a second."""
+class AtlasSettings(_Section):
+    """The file of sprites: its name in the data folder, the side of a sprite in pixels, and whether it holds clips."""
+
+    file: str = "atlas.npz"
+    side: PositiveInt = SIDE
+    animated: bool = True
+
+
+class OutputSettings(_Section):
+    """What the model makes: pixels, frames, frames a second."""
 
     height: PositiveInt
     width: PositiveInt
-    num_frames: PositiveInt
-    fps: PositiveInt
+    num_frames: PositiveInt = 1
+    fps: PositiveInt = 1
 
 
 class TextSettings(_Section):
-    """Of the tokenizer. captions: how many of them its vocabulary is counted from."""
+    """Of the tokenizer. max_length: tokens of a text, those of its template included. captions: how many of them the
+    vocabulary is counted from."""
 
     vocab_size: PositiveInt
     max_length: PositiveInt
@@ -38,35 +53,49 @@ class TextSettings(_Section):
 
 
 class ScoringSettings(_Section):
-    """How the model is scored: how many prompts, and how they are sampled."""
+    """How the model is scored while it is trained: how many prompts, in how many steps."""
 
     prompts: PositiveInt = 100
     num_inference_steps: PositiveInt = 20
-    guidance_scale: PositiveFloat = 4.0
-    sampler: str = "flow_unipc"
 
 
 class Recipe(_Section):
-    """Everything that decides what a training makes. The three `dict`s are the components' own config numbers."""
+    """Everything that decides what a training makes. The three `dict`s are the components' own config numbers.
+
+    description: of the model, for `smartdiff models`. sampling: its defaults; size, frames and shift are those it is
+    trained at.
+    """
 
     name: str
     family: str
+    description: str = ""
     seed: int = 0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    video: VideoSettings
+    atlas: AtlasSettings = AtlasSettings()
+    output: OutputSettings
     text: TextSettings
     vae: dict[str, Any]
     transformer: dict[str, Any]
     text_encoder: dict[str, Any]
     autoencoder: AutoencoderSettings
     denoiser: DenoiserSettings
+    sampling: SamplingDefaults = SamplingDefaults()
     scoring: ScoringSettings = ScoringSettings()
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        if self.transformer.get("text_dim") != self.text_encoder.get("d_model"):
-            found, wanted = self.transformer.get("text_dim"), self.text_encoder.get("d_model")
-            raise InvalidConfig("transformer.text_dim", found, f"must be text_encoder.d_model, {wanted}")
+        taken, given = self.trainee.text_width
+        found, wanted = self.transformer.get(taken), self.text_encoder.get(given)
+        if found != wanted:
+            raise InvalidConfig(f"transformer.{taken}", found, f"must be text_encoder.{given}, {wanted}")
+        if self.served_by.task == "t2i" and self.output.num_frames != 1:
+            raise InvalidConfig("output.num_frames", self.output.num_frames, f"{self.family} makes pictures: leave it out")
+        for name in FOLLOWING & self.sampling.model_fields_set:
+            remedy = "leave it out: it is what the model is trained at (output, denoiser.shift)"
+            raise InvalidConfig(f"sampling.{name}", getattr(self.sampling, name), remedy)
+        skip = self.served_by.text[0].skip
+        if self.text.max_length <= skip:
+            raise InvalidConfig("text.max_length", self.text.max_length, f"must be more than the template's {skip} tokens")
         if "vocab_size" in self.text_encoder:
             remedy = "leave it out: it follows from the tokenizer; text.vocab_size limits it"
             raise InvalidConfig("text_encoder.vocab_size", self.text_encoder["vocab_size"], remedy)
@@ -80,6 +109,29 @@ class Recipe(_Section):
     def served_by(self) -> Family:
         """The family of models that this recipe trains one of."""
         return FAMILIES[self.family]
+
+    @property
+    def trainee(self) -> Trainee:
+        """How that family is trained."""
+        return TRAINEES[self.family]
+
+    @property
+    def served_as(self) -> SamplingDefaults:
+        """The defaults of the trained model."""
+        trained_at = self.output.model_dump() | {"shift": self.denoiser.shift}
+        return self.sampling.model_copy(update=trained_at)
+
+    def spec(self, parameters: int) -> ModelSpec:
+        """What `config/models` says of the trained model, of so many parameters."""
+        return ModelSpec(
+            name=self.name,
+            family=self.family,
+            task=self.served_by.task,
+            description=self.description,
+            bundled=True,
+            parameters=f"{parameters / 1e6:.0f} M",
+            sampling=self.served_as,
+        )
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,22 +5,21 @@ import numpy as np
 import pytest
 
 from smartdiff_jax.training.data.captions import Choice
-from smartdiff_jax.training.data.scenes import Director, Scene, pack, render, stage
+from smartdiff_jax.training.data.scenes import Director, Scene, Sprite, pack, render, stage
 from smartdiff_jax.training.data.wording import MOTIONS
 
 draw = jax.jit(render, static_argnames=("height", "width"))
 
 
-def one(**changes) -> Scene:
-    scene = Scene(
+def one(ground=np.full((1, 2, 3), 0.5, np.float32), **changes) -> Scene:
+    sprite = Sprite(
         image=np.zeros((1, 1), np.int32),
         centre=np.full((1, 1, 2), 0.5, np.float32),
         side=np.ones((1, 1), np.float32),
         angle=np.zeros((1, 1), np.float32),
         tint=np.zeros((1, 4), np.float32),
-        ground=np.full((1, 2, 3), 0.5, np.float32),
     )
-    return replace(scene, **changes)
+    return Scene((replace(sprite, **changes),), ground)
 
 
 def test_a_sprite_at_its_own_size_is_composed_exactly(drawn_atlas):
@@ -59,10 +58,10 @@ def test_any_size_and_frame_count(drawn_atlas):
     assert float(abs(video).max()) <= 1
 
 
-def centres(drawn_atlas, motion, n=20):
+def centres(drawn_atlas, motion, n=20) -> Sprite:
     zero = np.zeros(n, int)
     choice = Choice(np.arange(n) % 16, zero, zero - 1, np.zeros((n, 2), int), zero + MOTIONS.index(motion))
-    return stage(drawn_atlas, choice, np.random.default_rng(0))
+    return stage(drawn_atlas, choice, np.random.default_rng(0)).sprites[0]
 
 
 @pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)])
@@ -99,5 +98,5 @@ def test_sprites_stay_mostly_inside(drawn_atlas):
 def test_an_animated_scene_plays_its_clip(drawn_atlas):
     zero = np.zeros(1, int)
     choice = Choice(zero + 1, zero, zero - 1, np.zeros((1, 2), int), zero + MOTIONS.index("animated"))
-    scene = stage(drawn_atlas, choice, np.random.default_rng(0))
-    np.testing.assert_array_equal(scene.image[0], len(drawn_atlas.sprites) + np.arange(17))
+    sprite = stage(drawn_atlas, choice, np.random.default_rng(0)).sprites[0]
+    np.testing.assert_array_equal(sprite.image[0], len(drawn_atlas.sprites) + np.arange(17))

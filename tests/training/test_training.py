@@ -1,4 +1,4 @@
-"""The whole training at toy size: 16x16 pixels, 5 frames, tiny widths, on drawn shapes."""
+"""The whole training at toy size, of every family that can be trained: 16x16 pixels, tiny widths, on drawn shapes."""
 
 import json
 import random
@@ -8,53 +8,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
+from smartdiff_jax.config.model import known_models, parse_spec
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.errors import CheckpointError, InvalidConfig, SmartdiffError
-from smartdiff_jax.models.families import WAN
+from smartdiff_jax.models.families import FAMILIES, WAN
+from smartdiff_jax.models.text import prompts
+from smartdiff_jax.models.text.qwen import Qwen25VLConfig, _turn_halves
 from smartdiff_jax.models.text.umt5 import UMT5Config, relative_position_buckets
+from smartdiff_jax.models.qwen_image import QwenImageConfig
 from smartdiff_jax.models.wan import WanConfig
-from smartdiff_jax.training import flow_matching, loop, recipe, settings
+from smartdiff_jax.training import autoencoder, flow_matching, loop, recipe, settings
 from smartdiff_jax.training.checkpoints import Checkpoints
 from smartdiff_jax.training.data.captions import Captioner
+from smartdiff_jax.training.data.pictures import PictureCaptioner
 from smartdiff_jax.training.export import checkpoint_tensors, restore
 from smartdiff_jax.training.pool import with_strange_words
 from smartdiff_jax.training.recipe import Run
-from smartdiff_jax.training.state import Budget, Component, Optimizer, learning_rate
-from smartdiff_jax.training.tokenizer import build_tokenizer, encode
+from smartdiff_jax.training.state import Budget, Component, Optimizer, count, learning_rate
+from smartdiff_jax.training.tokenizer import CHAT, build_tokenizer, encode
+from smartdiff_jax.training.trainees import TRAINEES
+from smartdiff_jax.training.trainees.qwen_image import neighbour_biases
+from smartdiff_jax.training.trainees.wan import POSITIONS
 
-TOY = """
+COMMON = """
 name: toy
-family: wan
 seed: 1
-video: {height: 16, width: 16, num_frames: 5, fps: 8}
-text: {vocab_size: 300, max_length: 24, captions: 500}
-vae: {base_dim: 8, decoder_base_dim: 8, z_dim: 4, dim_mult: [1, 2], num_res_blocks: 1, temperal_downsample: [true]}
-transformer:
-  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, ffn_dim: 64, text_dim: 16, freq_dim: 32, in_channels: 4,
-   out_channels: 4}
-text_encoder: {d_model: 16, d_kv: 8, d_ff: 32, num_layers: 1, num_heads: 2}
+vae: {base_dim: 8, z_dim: 4, dim_mult: [1, 2], num_res_blocks: 1, temperal_downsample: [true]}
 autoencoder: {batch_size: 4, steps_per_call: 4, minutes: 1, steps: 20, learning_rate: 5.0e-3}
 denoiser:
   {batch_size: 16, steps_per_call: 4, minutes: 1, steps: 32, learning_rate: 5.0e-3, pool_size: 32, part_calls: 4,
    attention: xla}
-scoring: {prompts: 4, num_inference_steps: 3, guidance_scale: 2.0}
+scoring: {prompts: 5, num_inference_steps: 3}
 """
+
+TOYS = {
+    "wan": COMMON
+    + """
+family: wan
+output: {height: 16, width: 16, num_frames: 5, fps: 8}
+text: {vocab_size: 300, max_length: 24, captions: 500}
+transformer:
+  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, ffn_dim: 64, text_dim: 16, freq_dim: 32, in_channels: 4,
+   out_channels: 4}
+text_encoder: {d_model: 16, d_kv: 8, d_ff: 32, num_layers: 1, num_heads: 2}
+sampling: {guidance_scale: 2.0}
+""",
+    "qwen-image": COMMON
+    + """
+family: qwen-image
+output: {height: 16, width: 16}
+text: {vocab_size: 400, max_length: 60, captions: 500}
+transformer:
+  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, in_channels: 16, out_channels: 4, joint_attention_dim: 16,
+   axes_dims_rope: [4, 6, 6]}
+text_encoder:
+  {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2,
+   rms_norm_eps: 1.0e-6, rope_theta: 100.0}
+sampling: {sampler: flow_euler, guidance_scale: 2.0, guidance_norm: per_token, from_one: true}
+""",
+}
 
 TINY_TEXT = UMT5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
 
 
+@pytest.fixture(scope="module", params=TOYS)
+def family(request):
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="module")
-def toy_recipe(tmp_path_factory):
+def toy_recipe(family, tmp_path_factory):
     file = tmp_path_factory.mktemp("recipe") / "toy.yaml"
-    file.write_text(TOY)
+    file.write_text(TOYS[family.name])
     return file
 
 
 @pytest.fixture(scope="module")
-def captioner(drawn_atlas):
-    return Captioner(drawn_atlas, held_out={})
+def captioner(family, drawn_atlas):
+    kind = PictureCaptioner if family.task == "t2i" else Captioner
+    return kind(drawn_atlas, held_out={})
 
 
 def make_run(file, captioner, folder, overrides=(), **arguments):
@@ -94,12 +129,12 @@ def losses(folder, stage):
 def test_all_stages_leave_their_results(finished):
     folder = finished.folder
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["trained"]["prompts"] == scores["held_out"]["prompts"] == 4
+    assert scores["trained"]["prompts"] == scores["held_out"]["prompts"] == 5
     assert 0 <= scores["trained"]["subject_top1"] <= scores["trained"]["subject_top5"] <= 1
     sheets = {file.name for file in (folder / "sheets").iterdir()}
     assert {"autoencoder-000020.png", "denoiser-000032.png", "final-trained.png", "final-held_out.png"} <= sheets
-    assert "| 4, held out |" in (folder / "bundle" / "README.md").read_text()
-    assert "denoiser: step 32, {'prompts': 4" in (folder / "log.txt").read_text()
+    assert "| 5, held out |" in (folder / "bundle" / "README.md").read_text()
+    assert "denoiser: step 32, {'prompts': 5" in (folder / "log.txt").read_text()
     assert finished.autoencoder() and finished.denoiser()  # done already: both return at once
 
 
@@ -142,48 +177,96 @@ def test_a_snapshot_starts_another_run(finished, toy_recipe, captioner, tmp_path
         assert np.max(np.abs(started[name] - value)) <= 2**-8 * np.max(np.abs(value)) + 1e-6, name
     assert losses(tmp_path, "denoiser")[0] < losses(finished.folder, "denoiser")[0]
 
-    narrow = make_run(toy_recipe, captioner, tmp_path / "narrow", ["transformer.ffn_dim=32"], init_from=snapshot)
+    narrow = make_run(toy_recipe, captioner, tmp_path / "narrow", ["transformer.num_layers=1"], init_from=snapshot)
     with pytest.raises(InvalidConfig, match="init_from"):
         narrow._first_weights()
 
 
-def test_the_bundle_holds_the_averages_to_8_bits(finished):
+def test_the_bundle_holds_the_averages_to_8_bits(finished, family):
     averages = {"vae": Checkpoints(finished.folder / "autoencoder").average()}
     both = Checkpoints(finished.folder / "denoiser").average()
     for name in ("transformer", "text_encoder"):
         averages[name] = flow_matching.part_of(both, f"{name}.")
     for name, average in averages.items():
-        config, loaded = restore(finished.folder / "bundle", name, WAN.architectures[name])
+        config, loaded = restore(finished.folder / "bundle", name, family.architectures[name])
         assert loaded.keys() == average.keys()
         for path, value in average.items():
             assert np.max(np.abs(loaded[path] - value)) <= np.max(np.abs(value)) / 254 + 1e-6, path
-    vae_config, _ = restore(finished.folder / "bundle", "vae", WAN.architectures["vae"])
+    vae_config, _ = restore(finished.folder / "bundle", "vae", family.architectures["vae"])
     statistics = json.loads((finished.folder / "latents.json").read_text())
     assert list(vae_config.latents_std) == statistics["std"] and vae_config.clip_output
 
 
-def test_the_pipeline_runs_the_bundle(finished):
+def test_the_pipeline_runs_the_bundle_as_training_does(finished, family):
+    """Equal latents from the same noise, through the tokenizer, template and defaults that the folder tells."""
     pipe = Pipeline.from_pretrained(finished.folder / "bundle", dtype="float32")
-    out = pipe("a boot moving left", size="16x16", num_frames=5, num_inference_steps=2, seed=3)
-    assert out.frames.shape == (1, 5, 16, 16, 3)
-    assert pipe.spec.sampling.shift == finished.recipe.denoiser.shift
+    output, spec = finished.recipe.output, parse_spec(yaml.safe_load((finished.folder / "toy.yaml").read_text()), "toy.yaml")
+    assert pipe.spec.sampling.shift == spec.sampling.shift == finished.recipe.denoiser.shift
+    assert (spec.sampling.width, spec.sampling.num_frames, spec.bundled) == (16, output.num_frames, True)
+    assert pipe.spec.sampling.model_copy(update=spec.sampling.model_dump(exclude_unset=True)) == spec.sampling
+    text = "a boot moving left, red background"
+    params = {
+        f"{name}.{path}": value
+        for name in ("transformer", "text_encoder")
+        for path, value in restore(finished.folder / "bundle", name, family.architectures[name])[1].items()
+    }
+    ids, empty = finished.tokenize([text]), finished.tokenize([""])
+    theirs = np.asarray(finished.generator(params, ids, empty, 3, 2), np.float32)
+    noise = np.asarray(jax.random.normal(jax.random.key(3), theirs.shape))
+    out = pipe(
+        text, negative_prompt="", size="16x16", num_frames=output.num_frames, num_inference_steps=2, guidance_scale=2.0,
+        latents=noise if family.task == "t2v" else noise[:, :, 0],
+    )  # fmt: skip
+    assert out.frames.shape == (1, output.num_frames, 16, 16, 3)
+    np.testing.assert_allclose(out.latents.reshape(theirs.shape), theirs, atol=1e-4)
 
 
 def test_the_text_encoder_starts_by_looking_at_its_neighbours():
     """The word before and the word behind weigh more than all others: "red heart" is not "heart, red somewhere"."""
     text = Component.create(WAN.architectures["text_encoder"], TINY_TEXT.model_copy(update={"num_heads": 2}), jnp.float32)
     wan = WanConfig(num_attention_heads=1, attention_head_dim=8, text_dim=8, ffn_dim=8, num_layers=1)
-    params = flow_matching.init(Component.create(WAN.architectures["transformer"], wan, jnp.float32), text, 0)
-    bias = params[flow_matching.POSITIONS]
+    transformer = Component.create(WAN.architectures["transformer"], wan, jnp.float32)
+    bias = flow_matching.init(transformer, text, TRAINEES["wan"], 0)[POSITIONS]
     by_offset = bias[0][relative_position_buckets(6, 32, 128)]  # offsets -5 to 5
     assert np.argmax(by_offset[:, 0]) == 4 and np.argmax(by_offset[:, 1]) == 6
     assert np.min(np.max(by_offset, axis=0)) > 3
 
 
+def test_the_causal_text_encoder_starts_by_looking_back():
+    """The logit that the biases alone make is highest one word back for the first head, two for the second."""
+    config = Qwen25VLConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=100.0,
+    )  # fmt: skip
+    text = Component.create(FAMILIES["qwen-image"].architectures["text_encoder"], config, jnp.float32)
+    params = {f"text_encoder.{name}": value for name, value in text.init(0).items()}
+    biases = neighbour_biases(params, config)
+    q, k = (biases[f"text_encoder.blocks.attention.{name}.bias"].reshape(2, 1, 2, 16) for name in ("q", "k"))
+    angles = np.outer(np.arange(8), 100.0 ** (-np.arange(8) / 8))
+    for back in (1, 2):
+        q_turned, k_turned = (
+            _turn_halves(jnp.broadcast_to(x[1:, :, back - 1, None], (1, 8, 1, 16)), (np.cos(angles), np.sin(angles)))
+            for x in (q, k)
+        )
+        logits = np.asarray(jnp.einsum("bshd,bthd->st", q_turned, k_turned))[7] / 4
+        assert np.argmax(logits) == 7 - back
+        assert logits[7 - back] - np.max(np.delete(logits, 7 - back)) > 2
+
+
 def test_unknown_layouts_are_refused():
     component = Component.create(WAN.architectures["text_encoder"], TINY_TEXT, jnp.float32)
     with pytest.raises(CheckpointError, match="no key rule"):
-        checkpoint_tensors("text_encoder", component, {"blocks.surprise": jnp.ones((1, 2))})
+        checkpoint_tensors("text_encoder", component, {"blocks.surprise": jnp.ones((1, 2))}, TRAINEES["wan"])
+
+
+def test_a_template_has_the_tokens_that_the_model_skips():
+    captions = ["a red apple left of a cat", "a cat, flat style, on a blue background"]
+    tokenizer = build_tokenizer(map(prompts.qwen_image, captions), 400, 60, CHAT)
+    ids = encode(tokenizer, [prompts.qwen_image(text) for text in ("", " ", "A cat")])
+    tokens = [tokenizer.id_to_token(index) for index in ids[2]]
+    assert tokens[prompts.QWEN_IMAGE_SKIP :][:7] == ["a", "cat", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    assert tokens[:3] == ["<|im_start|>", "system", "\n"] and np.array_equal(ids[0], ids[1])
+    assert (ids[0] != 0).sum() == prompts.QWEN_IMAGE_SKIP + 5
 
 
 def test_tokenizer_knows_words_and_spells_the_rest():
@@ -292,24 +375,42 @@ def test_prefetch_hands_over_errors_and_stops():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("name", "overrides", "message"),
     [
-        (["denoiser.batch=3"], "batch"),
-        (["denoiser.minutes"], "section.field=value"),
-        (["nothing.minutes=3"], "section.field=value"),
-        (["transformer.text_dim=24"], "text_dim"),
-        (["denoiser.pool_size=33"], "pool_size"),
-        (["text_encoder.vocab_size=33"], "vocab_size"),
+        ("wan", ["denoiser.batch=3"], "batch"),
+        ("wan", ["denoiser.minutes"], "section.field=value"),
+        ("wan", ["nothing.minutes=3"], "section.field=value"),
+        ("wan", ["transformer.text_dim=24"], "text_dim"),
+        ("wan", ["denoiser.pool_size=33"], "pool_size"),
+        ("wan", ["text_encoder.vocab_size=33"], "vocab_size"),
+        ("wan", ["sampling.shift=2.0"], "sampling.shift"),
+        ("wan", ["family=flux1"], "qwen-image"),
+        ("qwen-image", ["transformer.joint_attention_dim=24"], "joint_attention_dim"),
+        ("qwen-image", ["output.num_frames=5"], "num_frames"),
+        ("qwen-image", ["text.max_length=34"], "template"),
     ],
 )
-def test_wrong_recipes_are_one_error(toy_recipe, overrides, message):
+def test_wrong_recipes_are_one_error(name, overrides, message, tmp_path):
+    (tmp_path / "toy.yaml").write_text(TOYS[name])
     with pytest.raises(InvalidConfig, match=message):
-        settings.load_recipe(toy_recipe, overrides)
+        settings.load_recipe(tmp_path / "toy.yaml", overrides)
 
 
-def test_the_bundled_recipe_is_sound_and_small():
+def test_the_bundled_recipes_are_sound_and_small():
     pocket = settings.load_recipe("pocket-video", ["denoiser.minutes=3"])
-    assert pocket.denoiser.minutes == 3 and pocket.video.height >= 96 and pocket.video.num_frames >= 17
+    assert pocket.denoiser.minutes == 3 and pocket.output.height >= 96 and pocket.output.num_frames >= 17
+    assert pocket.spec(15_400_000).sampling == known_models()["pocket-video"].sampling
+    picture = settings.load_recipe("pocket-image")
+    assert picture.output.height >= 128 and picture.output.num_frames == 1 and picture.served_as.guidance == "cfg"
+    sizes = [
+        count(jax.eval_shape(lambda a=architecture, c=config: Component.create(a, c, jnp.float32).init(0)))
+        for architecture, config in (
+            (picture.served_by.architectures["transformer"], QwenImageConfig(**picture.transformer)),
+            (picture.served_by.architectures["text_encoder"], Qwen25VLConfig(**picture.text_encoder, vocab_size=2600)),
+        )
+    ]
+    vae = autoencoder.component(picture.served_by.architectures["vae"], picture.vae, jnp.float32)
+    assert sum(sizes) + count(jax.eval_shape(lambda: vae.init(0))) < 15_600_000  # a byte each, and the scales
     with pytest.raises(InvalidConfig, match="recipe"):
         settings.load_recipe("pocket-vidio")
     with pytest.raises(InvalidConfig, match="goes with call_minutes"):

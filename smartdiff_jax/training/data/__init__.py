@@ -9,6 +9,6 @@ from pathlib import Path
 from smartdiff_jax.training.data import atlas
 
 
-def prepare(cache_dir: Path, output: Path) -> Path:
+def prepare(cache_dir: Path, output: Path, side: int = atlas.SIDE, animated: bool = True) -> Path:
     """Fetches the pinned packages into `cache_dir` (about 770 MB) and builds the atlas file `output`; returns its path."""
-    return atlas.build(cache_dir, output)
+    return atlas.build(cache_dir, output, side, animated)

@@ -5,9 +5,9 @@ animated pack animates. `world.json` beside this file says which hands and faces
 ("automobile" is a car), and its synonyms. A subject exists in up to three styles: `3d` (Fluent 3-D), `flat` (Fluent flat) and
 `noto` (Noto, another drawing). A clip is one loop of the Fluent animated pack, resampled to 17 frames.
 
-Everything is cropped to what is drawn and fitted into 72x72 pixels with a 2-pixel border, so a sprite's side is the subject's
-longest side. The file keeps straight-alpha WebP bytes (about 16 MB); `load` decodes them to premultiplied RGBA, which is what
-a correct bilinear blend needs.
+Everything is cropped to what is drawn and fitted into a square (72 pixels for video) with a 2-pixel border, so a sprite's side
+is the subject's longest side. The file keeps straight-alpha WebP bytes (about 16 MB); `load` decodes them to premultiplied
+RGBA, which is what a correct bilinear blend needs. An atlas for pictures has larger sprites, of the same subjects, and no clips.
 """
 
 import io
@@ -157,8 +157,16 @@ def choose(everything: Iterable[sources.Subject], animated: Callable[[sources.Su
     return [subject for subject in everything if belongs(subject)]
 
 
-def build(cache_dir: Path, output: Path) -> Path:
-    """Fetches the pinned packages into `cache_dir` and writes the atlas to `output` (two minutes)."""
+def build(cache_dir: Path, output: Path, side: int = SIDE, animated: bool = True) -> Path:
+    """Fetches the pinned packages into `cache_dir` and writes the atlas to `output` (two minutes).
+
+    side: of a sprite, in pixels, a multiple of 3. animated: keep the clips, which have a side of SIDE always; they are looked
+    at in any case, because they decide which faces belong to the world.
+    """
+    if side % 3 or side <= 2 * BORDER:
+        raise InvalidConfig("atlas.side", side, "must be a multiple of 3, and more than the border")
+    if animated and side != SIDE:
+        raise InvalidConfig("atlas.side", side, f"clips are {SIDE} pixels wide, and so must the sprites beside them be")
     tarballs = sources.fetch(cache_dir)
     everything = {subject.code_points: subject for subject in sources.subjects(tarballs)}
     clips: dict[str, bytes] = {}
@@ -196,15 +204,15 @@ def build(cache_dir: Path, output: Path) -> Path:
             drawings.append(draw_noto(subject.slug))
         for style, drawing in enumerate(drawings):
             sprite_index[row, style] = len(sprite_bytes)
-            sprite_bytes.append(encode(fit([drawing])[0], 90))
+            sprite_bytes.append(encode(fit([drawing], side)[0], 90))
 
     clip_index = np.full(len(chosen), -1, np.int32)
     clip_bytes: list[bytes] = []
     for row, subject in enumerate(chosen):
-        if subject.code_points in clips:
+        if animated and subject.code_points in clips:
             clip_index[row] = len(clip_bytes)
             clip_bytes.append(clips[subject.code_points])
-    save(output, chosen, sprite_bytes, clip_bytes, sprite_index, clip_index)
+    save(output, chosen, sprite_bytes, clip_bytes, sprite_index, clip_index, side)
     return output
 
 
@@ -215,13 +223,14 @@ def save(
     clip_bytes: Sequence[bytes],
     sprite_index: Int[np.ndarray, "subjects styles"],
     clip_index: Int[np.ndarray, " subjects"],
+    side: int = SIDE,
 ) -> None:
     """Writes the encoded atlas; the names are shortened and given their synonyms here."""
     lists = world()
     names = [lists["short"].get(subject.name, subject.name).lower().replace("’", "'") for subject in chosen]
     meta = {
         "format": FORMAT,
-        "side": SIDE,
+        "side": side,
         "frames": CLIP_FRAMES,
         "names": names,
         "groups": [subject.group for subject in chosen],
@@ -242,7 +251,7 @@ def save(
 
 
 def _decode(blob: UInt8[np.ndarray, " n"], ends: Int[np.ndarray, " k"]) -> list[UInt8[np.ndarray, "h w 4"]]:
-    starts = np.concatenate([[0], ends[:-1]])
+    starts = np.concatenate([[0], ends])[:-1].astype(np.int64)
     pieces = [blob[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda piece: premultiply(np.asarray(_open(piece).convert("RGBA"))), pieces))
@@ -254,7 +263,7 @@ def load(path: Path) -> Atlas:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(arrays["meta"].tobytes())
     if meta["format"] != FORMAT:
-        raise InvalidConfig(str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --prepare`")
+        raise InvalidConfig(str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --stage prepare`")
     side, frames = meta["side"], meta["frames"]
     sprites = _decode(arrays["sprites"], arrays["sprite_ends"])
     clips = _decode(arrays["clips"], arrays["clip_ends"])

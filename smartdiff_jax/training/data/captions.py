@@ -1,7 +1,7 @@
-"""Chooses what scenes show, and captions them: subject, style, object colour, background and motion.
+"""Chooses what moving scenes show, and captions them: subject, style, object colour, background and motion.
 
 The pairs (subject, background), (subject, colour) and (subject, motion) in `held_out.json` are never chosen for training; they
-and the held-out wordings measure generalisation. Choices that nobody could check by eye are avoided too: a sprite on a
+and the held-out wordings measure generalisation (a fourth kind, subject and relation, belongs to `pictures`). Choices that nobody could check by eye are avoided too: a sprite on a
 background of its own colour, a spinning ball without marks, a second colour word on a "green apple".
 
 Everything is deterministic in the NumPy generator given.
@@ -23,6 +23,7 @@ from smartdiff_jax.training.data.wording import (
     HELD_OUT,
     MOTIONS,
     PROCEDURAL,
+    RELATIONS,
     TRAINING,
     Attributes,
     sentence,
@@ -62,7 +63,8 @@ class Choice:
 
 
 def held_out_pairs() -> Mapping[str, Mapping[str, str]]:
-    """The committed list: for "background", "colour" and "motion", the word each listed subject never has in training."""
+    """The committed list: for "background", "colour", "motion" and "relation" (to another, of pictures), the word each listed
+    subject never has in training."""
     return json.loads(resources.files("smartdiff_jax.training.data").joinpath("held_out.json").read_text())
 
 
@@ -70,13 +72,14 @@ def draw_held_out(names: Sequence[str], seed: int = 2026) -> dict[str, dict[str,
     """How `held_out.json` was drawn, once: 5 % of all pairs of each kind, at most one a subject."""
     rng = np.random.default_rng(seed)
     drawn = {}
-    for kind, words in (("background", GROUND_NAMES), ("colour", COLOUR_NAMES), ("motion", PROCEDURAL)):
+    kinds = (("background", GROUND_NAMES), ("colour", COLOUR_NAMES), ("motion", PROCEDURAL), ("relation", RELATIONS))
+    for kind, words in kinds:
         chosen = rng.choice(len(names), round(0.05 * len(words) * len(names)), replace=False)
         drawn[kind] = {names[i]: words[rng.integers(len(words))] for i in sorted(chosen)}
     return drawn
 
 
-def _held(atlas: Atlas, pairs: Mapping[str, str], words: Sequence[str]) -> Bool[np.ndarray, "subjects words"]:
+def held(atlas: Atlas, pairs: Mapping[str, str], words: Sequence[str]) -> Bool[np.ndarray, "subjects words"]:
     table = np.zeros((len(atlas.names), len(words)), bool)
     for row, name in enumerate(atlas.names):
         if name in pairs:
@@ -109,35 +112,54 @@ def turnable(small: Float[np.ndarray, "sprites h w 4"]) -> Bool[np.ndarray, " sp
     return change > 0.08 * small[..., 3].sum((1, 2))
 
 
-class Captioner:
-    """Draws choices and captions for one atlas. Construction takes a second or two; drawing is vectorised."""
+class Rules:
+    """What one atlas can show together: no pair that is held out, nothing that could not be seen. Takes a second or two."""
 
-    def __init__(self, atlas: Atlas, mix: Mix = Mix(), held_out: Mapping[str, Mapping[str, str]] | None = None):
-        self.atlas, self.mix = atlas, mix
+    def __init__(self, atlas: Atlas, held_out: Mapping[str, Mapping[str, str]] | None = None):
+        self.atlas = atlas
         pairs = held_out_pairs() if held_out is None else held_out
-        self.held_ground = _held(atlas, pairs.get("background", {}), GROUND_NAMES)
-        self.held_colour = _held(atlas, pairs.get("colour", {}), COLOUR_NAMES)
-        self.held_motion = _held(atlas, pairs.get("motion", {}), PROCEDURAL)
+        self.held_ground = held(atlas, pairs.get("background", {}), GROUND_NAMES)
+        self.held_colour = held(atlas, pairs.get("colour", {}), COLOUR_NAMES)
+        self.held_motion = held(atlas, pairs.get("motion", {}), PROCEDURAL)
+        self.held_relation = held(atlas, pairs.get("relation", {}), RELATIONS)
         small = _small(atlas)
         self.visible, self.turnable = visible_on(small), turnable(small)
         self.colourable = np.array([COLOUR_WORDS.isdisjoint(name.split()) for name in atlas.names])
         far = np.linalg.norm(COLOUR_RGB[:, None] - GROUND_RGB[None], axis=-1)
         self.colour_visible = far > 0.45
 
+    def grounds(
+        self, sprite: Int[np.ndarray, " n"], subject: Int[np.ndarray, " n"], colour: Int[np.ndarray, " n"], keep_out: bool = True
+    ) -> Bool[np.ndarray, "n grounds"]:
+        """The backgrounds that each sprite can be seen on and, with `keep_out`, is not held out on."""
+        seen = np.where((colour < 0)[:, None], self.visible[sprite], self.colour_visible[colour])
+        if keep_out:
+            seen = seen & ~self.held_ground[subject]
+        # A sprite of many colours may be hard to see on every background: then any will do.
+        return np.where(seen.sum(-1, keepdims=True) < 2, ~self.held_ground[subject], seen)
+
+    def paint(self, subject: Int[np.ndarray, " n"], share: float, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+        """A colour for some of those that can have one, -1 for the others."""
+        chosen = self.colourable[subject] & (rng.random(len(subject)) < share)
+        return np.where(chosen, draw(~self.held_colour[subject], rng), -1)
+
+
+class Captioner:
+    """Draws choices and captions for one atlas; drawing is vectorised."""
+
+    def __init__(self, atlas: Atlas, mix: Mix = Mix(), held_out: Mapping[str, Mapping[str, str]] | None = None):
+        self.atlas, self.mix, self.rules = atlas, mix, Rules(atlas, held_out)
+
     def allowed(
         self, choice: Choice, keep_out: bool = True
     ) -> tuple[Bool[np.ndarray, "n grounds"], Bool[np.ndarray, "n motions"]]:
         """The backgrounds and procedural motions that each chosen subject, style and colour can have."""
         sprite = self.atlas.sprite_index[choice.subject, choice.style]
-        ground = np.where((choice.colour < 0)[:, None], self.visible[sprite], self.colour_visible[choice.colour])
         motion = np.ones((len(sprite), len(PROCEDURAL)), bool)
-        motion[:, TURNING] = self.turnable[sprite][:, None]
+        motion[:, TURNING] = self.rules.turnable[sprite][:, None]
         if keep_out:
-            ground = ground & ~self.held_ground[choice.subject]
-            motion = motion & ~self.held_motion[choice.subject]
-        # A sprite of many colours may be hard to see on every background: then any will do.
-        ground = np.where(ground.sum(-1, keepdims=True) < 2, ~self.held_ground[choice.subject], ground)
-        return ground, motion
+            motion = motion & ~self.rules.held_motion[choice.subject]
+        return self.rules.grounds(sprite, choice.subject, choice.colour, keep_out), motion
 
     def choose(self, n: int, rng: np.random.Generator) -> Choice:
         """`n` training scenes in the shares of `mix`, without held-out pairs."""
@@ -149,14 +171,14 @@ class Captioner:
         subject = np.where(kind == 1, rng.choice(with_clip, n), rng.integers(len(atlas.names), size=n))
         style = np.where(kind == 1, 0, rng.choice(len(STYLES), n, p=mix.styles))
         style = np.where(atlas.sprite_index[subject, style] < 0, 0, style)
-        paint = (kind != 1) & self.colourable[subject] & (rng.random(n) < mix.coloured)
-        colour = np.where(paint, _draw(~self.held_colour[subject], rng), -1)
+        paint = (kind != 1) & self.rules.colourable[subject] & (rng.random(n) < mix.coloured)
+        colour = np.where(paint, draw(~self.rules.held_colour[subject], rng), -1)
         choice = Choice(subject, style, colour, np.zeros((n, 2), int), kind)
         ground, motion = self.allowed(choice)
-        top = _draw(ground, rng)
+        top = draw(ground, rng)
         other = ground & (np.arange(len(GROUND_NAMES)) != top[:, None])
-        bottom = np.where(rng.random(n) < mix.gradient, _draw(other, rng), top)
-        moving = np.select([kind == 0, kind == 1], [_draw(motion, rng), ANIMATED], STILL)
+        bottom = np.where(rng.random(n) < mix.gradient, draw(other, rng), top)
+        moving = np.select([kind == 0, kind == 1], [draw(motion, rng), ANIMATED], STILL)
         return Choice(subject, style, colour, np.stack([top, bottom], -1), moving)
 
     def attributes(self, choice: Choice) -> list[Attributes]:
@@ -204,16 +226,16 @@ class Captioner:
         """One scene with this motion and background; tries random subjects until one can have both."""
         pool = np.flatnonzero(self.atlas.animated) if motion == ANIMATED else np.arange(len(self.atlas.names))
         if held_out:
-            held = self.held_ground[:, ground].copy()
+            held = self.rules.held_ground[:, ground].copy()
             if motion < len(PROCEDURAL):
-                held |= self.held_motion[:, motion]
+                held |= self.rules.held_motion[:, motion]
             pool = pool[held[pool]] if held[pool].any() else pool
         for attempt in range(1000):
             subject = rng.choice(pool, 1)
             style = np.zeros(1, int) if motion == ANIMATED else rng.choice(len(STYLES), 1, p=self.mix.styles)
             style = np.where(self.atlas.sprite_index[subject, style] < 0, 0, style)
-            paint = motion != ANIMATED and self.colourable[subject[0]] and rng.random() < self.mix.coloured
-            colour = _draw(~self.held_colour[subject], rng) if paint else np.full(1, -1)
+            paint = motion != ANIMATED and self.rules.colourable[subject[0]] and rng.random() < self.mix.coloured
+            colour = draw(~self.rules.held_colour[subject], rng) if paint else np.full(1, -1)
             second = int(rng.integers(len(GROUND_NAMES))) if gradient else ground
             choice = Choice(subject, style, colour, np.array([[ground, second]]), np.array([motion]))
             grounds, motions = self.allowed(choice, keep_out=not held_out)
@@ -227,6 +249,6 @@ class Captioner:
         return vocabulary(self.atlas.names, self.atlas.synonyms)
 
 
-def _draw(allowed: Bool[np.ndarray, "n words"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+def draw(allowed: Bool[np.ndarray, "n words"], rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """One allowed index a row, uniformly (any index where none is allowed)."""
     return np.argmax(rng.random(allowed.shape) * (allowed + 1e-6), -1)

@@ -2,7 +2,7 @@
 
 `Director.batch` gives captions and `Scene` arrays for a batch; `render` turns the arrays into video. A frame is
     alpha * sprite(A(p)) + (1 - alpha) * background(y)
-with one bilinear look-up of premultiplied colour under the inverse of the affine map A of centre, side and angle. A sprite
+(one sprite drawn after the other where there are several) with one bilinear look-up of premultiplied colour under the inverse of the affine map A of centre, side and angle. A sprite
 and a frame of a clip are rows of the same packed array, so an animated scene only changes its row from frame to frame.
 
 Coordinates are fractions of the frame (x right, y down); angles are radians, clockwise as seen.
@@ -22,14 +22,22 @@ from smartdiff_jax.training.data.wording import MOTIONS, Attributes
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Scene:
-    """A batch of scenes; `b` scenes of `t` frames. `tint` is r, g, b and its strength (0 or 1); `ground` is top and bottom."""
+class Sprite:
+    """What one object does: `b` scenes of `t` frames. `tint` is r, g, b and its strength (0 or 1)."""
 
     image: Int[Array | np.ndarray, "*b t"]
     centre: Float[Array | np.ndarray, "*b t 2"]
     side: Float[Array | np.ndarray, "*b t"]
     angle: Float[Array | np.ndarray, "*b t"]
     tint: Float[Array | np.ndarray, "*b 4"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scene:
+    """A batch of scenes: its sprites in the order they are drawn, and the `ground` behind them, top and bottom."""
+
+    sprites: tuple[Sprite, ...]
     ground: Float[Array | np.ndarray, "*b 2 3"]
 
 
@@ -89,16 +97,25 @@ def stage(atlas: Atlas, choice: Choice, rng: np.random.Generator, frames: int = 
     sprite = np.repeat(atlas.sprite_index[choice.subject, choice.style][:, None], frames, 1)
     clip_frame = np.floor(np.arange(frames) * CLIP_FRAMES / frames).astype(int)
     clip = len(atlas.sprites) + atlas.clip_index[choice.subject][:, None] * CLIP_FRAMES + clip_frame
-    tint = np.concatenate([COLOUR_RGB[choice.colour], (choice.colour >= 0)[:, None]], -1)
-    shade = rng.uniform(-0.03, 0.03, (n, 1, 3))
-    return Scene(
+    sprite = Sprite(
         image=np.where((choice.motion == ANIMATED)[:, None], clip, sprite).astype(np.int32),
         centre=np.stack([x, y], -1).astype(np.float32),
         side=size.astype(np.float32),
         angle=angle.astype(np.float32),
-        tint=tint.astype(np.float32),
-        ground=np.clip(GROUND_RGB[choice.ground] + shade, 0, 1).astype(np.float32),
+        tint=tints(choice.colour),
     )
+    return Scene((sprite,), grounds(choice.ground, rng))
+
+
+def tints(colour: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 4"]:
+    """Of colours by index; -1 leaves the sprite's own."""
+    return np.concatenate([COLOUR_RGB[colour], (colour >= 0)[:, None]], -1).astype(np.float32)
+
+
+def grounds(ground: Int[np.ndarray, "n 2"], rng: np.random.Generator) -> Float[np.ndarray, "n 2 3"]:
+    """Of colours by index, each scene in a shade of its own."""
+    shade = rng.uniform(-0.03, 0.03, (len(ground), 1, 3))
+    return np.clip(GROUND_RGB[ground] + shade, 0, 1).astype(np.float32)
 
 
 class Director:
@@ -139,32 +156,40 @@ def _tinted(alpha, rgb, tint):
 def render(
     bank: UInt32[Array, "images side side"], scene: Scene, height: int = 96, width: int = 96
 ) -> Float[Array, "b t height width 3"]:
-    """Draws a batch of scenes in [-1, 1]. Pure, so it can be traced inside a training step; `scene.side` is of the height."""
+    """Draws a batch of scenes in [-1, 1]. Pure, so it can be traced inside a training step; a sprite's side is of the height."""
+    down = ((jnp.arange(height) + 0.5) / height)[None, None, :, None]
+    top_rgb, bottom_rgb = ([scene.ground[:, i, c, None, None, None] for c in range(3)] for i in (0, 1))
+    frame = [a + (b - a) * down for a, b in zip(top_rgb, bottom_rgb, strict=True)]
+    for sprite in scene.sprites:
+        rgb, alpha = _drawn(bank, sprite, height, width)
+        frame = [c + (1 - alpha) * g for c, g in zip(rgb, frame, strict=True)]
+    return 2 * jnp.clip(jnp.stack(frame, -1), 0, 1) - 1
+
+
+def _drawn(
+    bank: UInt32[Array, "images side side"], sprite: Sprite, height: int, width: int
+) -> tuple[list[Float[Array, "b t h w"]], Float[Array, "b t h w"]]:
+    """A sprite's premultiplied colours and its alpha, where it stands."""
     side = bank.shape[-1]
     px = (jnp.arange(width) + 0.5)[None, None, None, :]
     py = (jnp.arange(height) + 0.5)[None, None, :, None]
     per_frame = lambda a: a[:, :, None, None]  # noqa: E731
-    dx = px - per_frame(scene.centre[..., 0]) * width
-    dy = py - per_frame(scene.centre[..., 1]) * height
-    cos, sin = per_frame(jnp.cos(scene.angle)), per_frame(jnp.sin(scene.angle))
-    zoom = per_frame(side / (scene.side * height))
+    dx = px - per_frame(sprite.centre[..., 0]) * width
+    dy = py - per_frame(sprite.centre[..., 1]) * height
+    cos, sin = per_frame(jnp.cos(sprite.angle)), per_frame(jnp.sin(sprite.angle))
+    zoom = per_frame(side / (sprite.side * height))
     u = (cos * dx + sin * dy) * zoom + side / 2 - 0.5
     v = (cos * dy - sin * dx) * zoom + side / 2 - 0.5
     inside = (u > 0) & (u < side - 1) & (v > 0) & (v < side - 1)
     u, v = jnp.clip(u, 0, side - 1.001), jnp.clip(v, 0, side - 1.001)
     left, top = jnp.floor(u), jnp.floor(v)
     fu, fv = u - left, v - top
-    start = (per_frame(scene.image) * side + top.astype(jnp.int32)) * side + left.astype(jnp.int32)
+    start = (per_frame(sprite.image) * side + top.astype(jnp.int32)) * side + left.astype(jnp.int32)
     flat = bank.reshape(-1)
     total = [0.0, 0.0, 0.0, 0.0]
     for offset, weight in ((0, (1 - fu) * (1 - fv)), (1, fu * (1 - fv)), (side, (1 - fu) * fv), (side + 1, fu * fv)):
         corner = _channels(flat.at[start + offset].get(mode="promise_in_bounds"))
         total = [sum_ + weight * channel for sum_, channel in zip(total, corner, strict=True)]
     *rgb, alpha = (jnp.where(inside, channel / 255, 0) for channel in total)
-    tint = [scene.tint[:, i, None, None, None] for i in range(4)]
-    rgb = _tinted(alpha, rgb, tint)
-    down = ((jnp.arange(height) + 0.5) / height)[None, None, :, None]
-    top_rgb, bottom_rgb = ([scene.ground[:, i, c, None, None, None] for c in range(3)] for i in (0, 1))
-    ground = [a + (b - a) * down for a, b in zip(top_rgb, bottom_rgb, strict=True)]
-    frame = jnp.stack([c + (1 - alpha) * g for c, g in zip(rgb, ground, strict=True)], -1)
-    return 2 * jnp.clip(frame, 0, 1) - 1
+    tint = [sprite.tint[:, i, None, None, None] for i in range(4)]
+    return _tinted(alpha, rgb, tint), alpha

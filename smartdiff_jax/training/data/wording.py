@@ -40,6 +40,8 @@ PROCEDURAL = (
     "swing",
 )
 MOTIONS = (*PROCEDURAL, "still", "animated")
+RELATIONS = ("left", "right", "above", "below")
+"""Where the first of two objects is, seen from the second."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def article(noun: str, subject: str) -> str:
     return "an " if vowel or AN_BEFORE_CONSONANT.match(noun) else "a "
 
 
-def _pick(choices: Sequence[str], dice: random.Random, first: float) -> str:
+def pick(choices: Sequence[str], dice: random.Random, first: float = 0.8) -> str:
+    """One of them; the first with this share."""
     return choices[0] if len(choices) == 1 or dice.random() < first else choices[1 + int(dice.random() * (len(choices) - 1))]
 
 
@@ -163,7 +166,6 @@ def sentence(
     `own_motion` is what this picture does when nobody says anything ("animated" or "still"). With `drop`, words that may be
     omitted sometimes are: the style if it is 3d, the background, the motion if it is the picture's own, the article.
     """
-    first = 0.8
     subject = dice.choice(synonyms) if synonyms and drop and dice.random() < 0.2 else shown.subject
     noun = f"{shown.colour} {subject}" if shown.colour else subject
 
@@ -172,33 +174,45 @@ def sentence(
     motion_after = ""
     if say_motion:
         if shown.motion in wording.before and dice.random() < (0.7 if shown.motion in ("still", "animated") else 0.2):
-            motion_before = _pick(wording.before[shown.motion], dice, first)
+            motion_before = pick(wording.before[shown.motion], dice)
         else:
-            motion_after = _pick(wording.after[shown.motion], dice, first)
+            motion_after = pick(wording.after[shown.motion], dice)
 
-    style_before = ""
-    style_after = ""
-    if shown.style != "3d" or (drop and dice.random() < 0.25):
-        if dice.random() < 0.5:
-            style_before = _pick(wording.style_before[shown.style], dice, 0.6)
-        else:
-            style_after = _pick(wording.style_after[shown.style], dice, 0.6)
-
-    head = " ".join(word for word in (style_before, motion_before, noun) if word)
-    if not drop or dice.random() < 0.75:
-        head = article(head, subject) + head
+    style_before, style_after = style_words(shown.style, dice, wording, drop)
+    head = named(" ".join(word for word in (style_before, motion_before, noun) if word), subject, dice, drop)
     if motion_after:
         head += " " + motion_after
+    return with_style_and_ground(head, style_after, shown.background, dice, wording, drop)
+
+
+def style_words(style: str, dice: random.Random, wording: Wording, drop: bool) -> tuple[str, str]:
+    """What is said of the style before the subject, or else behind it; nothing may be if it is 3d."""
+    if style == "3d" and not (drop and dice.random() < 0.25):
+        return "", ""
+    if dice.random() < 0.5:
+        return pick(wording.style_before[style], dice, 0.6), ""
+    return "", pick(wording.style_after[style], dice, 0.6)
+
+
+def named(head: str, subject: str, dice: random.Random, drop: bool) -> str:
+    """`head`, which ends in `subject`, behind its article; with `drop` sometimes without."""
+    return article(head, subject) + head if not drop or dice.random() < 0.75 else head
+
+
+def with_style_and_ground(
+    head: str, style_after: str, background: Sequence[str], dice: random.Random, wording: Wording, drop: bool
+) -> str:
+    """The sentence about what `head` says, in that style and before that background; with `drop` sometimes before none."""
     if style_after:
         head += ", " + style_after
     if drop and dice.random() < 0.12:
         return head
-    ground = shown.background[0]
-    if len(shown.background) == 2:
-        ground = _pick(wording.gradients, dice, first).format(*shown.background)
+    ground = background[0]
+    if len(background) == 2:
+        ground = pick(wording.gradients, dice).format(*background)
     if dice.random() < 0.2:
-        return fix_article(_pick(wording.background_first, dice, 0.5).format(ground)) + head
-    tail = fix_article(_pick(wording.background_last, dice, 0.5).format(ground))
+        return fix_article(pick(wording.background_first, dice, 0.5).format(ground)) + head
+    tail = fix_article(pick(wording.background_last, dice, 0.5).format(ground))
     return head + ("," if style_after and not tail.startswith(",") else "") + tail
 
 
@@ -207,11 +221,20 @@ def fix_article(phrase: str) -> str:
     return phrase.replace(" a orange", " an orange")
 
 
-def vocabulary(names: Sequence[str], synonyms: Sequence[Sequence[str]]) -> list[str]:
-    """Every lower-case word that a training or held-out caption can hold, sorted: what a tokenizer is built from."""
+def vocabulary(names: Sequence[str], synonyms: Sequence[Sequence[str]], moving: bool = True) -> list[str]:
+    """Every lower-case word that a training or held-out caption can hold, sorted: what a tokenizer is built from.
+
+    moving: those of motions too.
+    """
     texts = [*names, *(word for words in synonyms for word in words), *BACKGROUNDS, "a an to"]
     for wording in (TRAINING, HELD_OUT):
-        for table in (wording.after, wording.before, wording.style_before, wording.style_after):
+        of_motion = (wording.after, wording.before) if moving else ()
+        for table in (*of_motion, wording.style_before, wording.style_after):
             texts += [phrase for phrases in table.values() for phrase in phrases]
         texts += [*wording.background_first, *wording.background_last, *wording.gradients]
+    return words_of(texts)
+
+
+def words_of(texts: Sequence[str]) -> list[str]:
+    """The different words of some phrases, sorted."""
     return sorted({word for text in texts for word in re.findall(r"[^\s,:{}]+", text)})
