@@ -5,6 +5,7 @@ from smartdiff_jax.cache.blockdance import BlockDance
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
 from smartdiff_jax.cache.none import NoCache
+from smartdiff_jax.cache.pab import PyramidAttentionBroadcast
 from smartdiff_jax.cache.taylorseer import TaylorSeer
 from smartdiff_jax.cache.teacache import TeaCache
 from smartdiff_jax.errors import InvalidRequest
@@ -20,6 +21,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "dbcache": DualBlockCache,
         "blockdance": BlockDance,
         "taylorseer": TaylorSeer,
+        "pab": PyramidAttentionBroadcast,
     },
     error=InvalidRequest,
 )
