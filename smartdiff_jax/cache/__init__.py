@@ -7,6 +7,7 @@ from smartdiff_jax.cache.easycache import EasyCache
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
 from smartdiff_jax.cache.none import NoCache
+from smartdiff_jax.cache.pab import PyramidAttentionBroadcast
 from smartdiff_jax.cache.schedule import Schedule
 from smartdiff_jax.cache.taylorseer import TaylorSeer
 from smartdiff_jax.cache.teacache import TeaCache
@@ -26,6 +27,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "taylorseer": TaylorSeer,
         "easycache": EasyCache,
         "schedule": Schedule,
+        "pab": PyramidAttentionBroadcast,
     },
     error=InvalidRequest,
 )

@@ -2,6 +2,7 @@
 
     step:  velocity = policy.step(tokens, evaluate)              the guided velocity of a whole step may be predicted
     model:   hidden = policy.blocks(stack)                       or what a range of blocks makes of one branch
+    module:  stack.run_modules(around, held)                     or what single modules of each block make of it
 
 A policy is a registered frozen dataclass of arrays (its numbers are data, its type is static), one object a request. It
 is handed the work as a function and decides, inside the compiled loop, whether to call it: under `lax.cond` on a scalar that is
@@ -61,6 +62,13 @@ class Outlook:
         return None if self.ratio is None else max(1, round((1.0 - self.ratio) * self.num_steps))
 
 
+Held = tuple[Mapping[str, Any], ...]
+"""What modules gave: for each scan over blocks, by the module's name, arrays stacked over the blocks [n, ..., d]."""
+
+Around = Callable[[str, Any, Callable[[], Any]], Any]
+"""(module's name, what is held of it, compute) -> what it gives now, which is held from then on."""
+
+
 @runtime_checkable
 class Stack(Protocol):
     """The blocks of one branch at one step. hidden: what enters them (an array, or a pair of picture and text streams)."""
@@ -73,6 +81,14 @@ class Stack(Protocol):
 
     def run(self, hidden: Hidden, lo: int, hi: int) -> Hidden:
         """Blocks lo to hi - 1 (static)."""
+        ...
+
+    def modules(self) -> Held:
+        """What the attention modules of all blocks give, as shapes and dtypes."""
+        ...
+
+    def run_modules(self, around: Around, held: Held) -> tuple[Hidden, Held]:
+        """All blocks, with `around` between each module and its block; and what is held after."""
         ...
 
     def modulated_input(self) -> Float[Array, "b s d"]:
@@ -112,6 +128,10 @@ class CachePolicy:
     def init_blocks(self, hidden: Hidden) -> State:
         """A branch's memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""
         return ()
+
+    def init_stack(self, stack: Stack) -> State:
+        """The same where the stream alone does not tell; `blocks` is handed what this gives."""
+        return self.init_blocks(stack.hidden)
 
     def blocks(self, state: State, step: Step, stack: Stack) -> tuple[Hidden, State, Bool[Array, ""]]:
         """What leaves the stack, the new memory, and whether the blocks were computed."""

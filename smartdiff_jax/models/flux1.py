@@ -29,10 +29,10 @@ from smartdiff_jax.models.layers import (
     gated_add,
     gelu,
     modulated_norm,
-    scan_blocks,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
 
@@ -188,9 +188,9 @@ class Flux1Stream(nnx.Module):
         return self.qkv(modulated_norm(x, modulation.shift, modulation.scale, EPS), rope)
 
     def after_attention(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h c"], attention: Modulation, feed_forward: Modulation
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], attention: Modulation, feed_forward: Modulation
     ) -> Float[Array, "b n d"]:
-        x = gated_add(x, self.out(attended.reshape(x.shape)), attention.gate)
+        x = gated_add(x, self.out(attended), attention.gate)
         with jax.named_scope("feed_forward"):
             y = modulated_norm(x, feed_forward.shift, feed_forward.scale, EPS)
             return gated_add(x, self.feed_forward(y), feed_forward.gate)
@@ -208,10 +208,14 @@ class Flux1DoubleBlock(nnx.Module):
         with jax.named_scope("modulation"):
             of_tokens, of_text = self.image.modulations(context.temb), self.text.modulations(context.temb)
         with jax.named_scope("joint_attention"):
-            tokens_qkv = self.image.before_attention(tokens, of_tokens[0], context.rope)
-            text_qkv = self.text.before_attention(text, of_text[0], None)
-            with jax.named_scope("attention"):
-                attended = attend.joint_attention(tokens_qkv, text_qkv, text_length=context.text_length)
+
+            def streams() -> tuple[QKV, QKV]:
+                return (
+                    self.image.before_attention(tokens, of_tokens[0], context.rope),
+                    self.text.before_attention(text, of_text[0], None),
+                )
+
+            attended = joint_attention(attend, streams, context.text_length)
         tokens = self.image.after_attention(tokens, attended[0], *of_tokens)
         return tokens, self.text.after_attention(text, attended[1], *of_text)
 
@@ -231,16 +235,16 @@ class Flux1SingleBlock(nnx.Module):
             modulation = Modulation(*self.modulation(context.temb))
         tokens, text = (modulated_norm(x, modulation.shift, modulation.scale, EPS) for x in hidden)
         with jax.named_scope("joint_attention"):
-            tokens_qkv, text_qkv = self.qkv(tokens, context.rope), self.qkv(text, None)
-            with jax.named_scope("attention"):
-                attended = attend.joint_attention(tokens_qkv, text_qkv, text_length=context.text_length)
+            attended = joint_attention(
+                attend, lambda: (self.qkv(tokens, context.rope), self.qkv(text, None)), context.text_length
+            )
         tokens, text = self._outputs(tokens, attended[0]), self._outputs(text, attended[1])
         return gated_add(hidden[0], tokens, modulation.gate), gated_add(hidden[1], text, modulation.gate)
 
-    def _outputs(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h c"]) -> Float[Array, "b n d"]:
+    def _outputs(self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         with jax.named_scope("feed_forward"):
             inner = gelu(self.feed_forward(x).astype(jnp.float32)).astype(x.dtype)
-            return self.out(jnp.concatenate([attended.reshape(x.shape), inner], axis=-1))
+            return self.out(jnp.concatenate([attended, inner], axis=-1))
 
 
 class Flux1Transformer(nnx.Module):
@@ -300,7 +304,7 @@ class Flux1Transformer(nnx.Module):
         )
         for blocks, start, stop in kinds:
             if start < stop:
-                hidden = scan_blocks(blocks, start, stop, lambda block, hidden: block(hidden, context, attend), hidden)
+                hidden = scan_attending(blocks, start, stop, lambda block, x, attend: block(x, context, attend), hidden, attend)
         return hidden
 
     def head(self, hidden: Streams, context: Flux1Context) -> Float[Array, "b s p"]:

@@ -28,10 +28,10 @@ from smartdiff_jax.models.layers import (
     RMSNorm,
     gated_add,
     modulated_norm,
-    scan_blocks,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
 
@@ -207,9 +207,9 @@ class Flux2Stream(nnx.Module):
         return self.norm(self.q(x), self.k(x), self.v(x), rope)
 
     def after_attention(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h c"], attention: Modulation, feed_forward: Modulation
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], attention: Modulation, feed_forward: Modulation
     ) -> Float[Array, "b n d"]:
-        x = gated_add(x, self.out(attended.reshape(x.shape)), attention.gate)
+        x = gated_add(x, self.out(attended), attention.gate)
         with jax.named_scope("feed_forward"):
             y = modulated_norm(x, feed_forward.shift, feed_forward.scale, self.eps)
             return gated_add(x, self.feed_forward_out(_swiglu(self.feed_forward_in(y))), feed_forward.gate)
@@ -226,10 +226,14 @@ class Flux2DoubleBlock(nnx.Module):
         tokens, text = hidden
         of_tokens, of_text = _modulations(context.image), _modulations(context.text)
         with jax.named_scope("joint_attention"):
-            tokens_qkv = self.image.before_attention(tokens, of_tokens[0], context.rope)
-            text_qkv = self.text.before_attention(text, of_text[0], context.text_rope)
-            with jax.named_scope("attention"):
-                attended = attend.joint_attention(tokens_qkv, text_qkv, text_length=context.text_length)
+
+            def streams() -> tuple[QKV, QKV]:
+                return (
+                    self.image.before_attention(tokens, of_tokens[0], context.rope),
+                    self.text.before_attention(text, of_text[0], context.text_rope),
+                )
+
+            attended = joint_attention(attend, streams, context.text_length)
         tokens = self.image.after_attention(tokens, attended[0], *of_tokens)
         return tokens, self.text.after_attention(text, attended[1], *of_text)
 
@@ -253,8 +257,7 @@ class Flux2SingleBlock(nnx.Module):
         with jax.named_scope("joint_attention"):
             tokens_qkv, tokens_inner = self._before_attention(tokens, modulation, context.rope)
             text_qkv, text_inner = self._before_attention(text, modulation, context.text_rope)
-            with jax.named_scope("attention"):
-                attended = attend.joint_attention(tokens_qkv, text_qkv, text_length=context.text_length)
+            attended = joint_attention(attend, lambda: (tokens_qkv, text_qkv), context.text_length)
         tokens = self._after_attention(tokens, attended[0], tokens_inner, modulation)
         return tokens, self._after_attention(text, attended[1], text_inner, modulation)
 
@@ -266,10 +269,10 @@ class Flux2SingleBlock(nnx.Module):
         return self.norm(q, k, v, rope), inner
 
     def _after_attention(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h c"], inner: Float[Array, "b n m"], modulation: Modulation
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], inner: Float[Array, "b n m"], modulation: Modulation
     ) -> Float[Array, "b n d"]:
         with jax.named_scope("feed_forward"):
-            y = jnp.concatenate([attended.reshape(x.shape), _swiglu(inner)], axis=-1)
+            y = jnp.concatenate([attended, _swiglu(inner)], axis=-1)
             return gated_add(x, self.outputs(y), modulation.gate)
 
 
@@ -335,7 +338,7 @@ class Flux2Transformer(nnx.Module):
         )
         for blocks, start, stop in kinds:
             if start < stop:
-                hidden = scan_blocks(blocks, start, stop, lambda block, hidden: block(hidden, context, attend), hidden)
+                hidden = scan_attending(blocks, start, stop, lambda block, x, attend: block(x, context, attend), hidden, attend)
         return hidden
 
     def head(self, hidden: Streams, context: Flux2Context) -> Float[Array, "b s p"]:

@@ -29,10 +29,10 @@ from smartdiff_jax.models.layers import (
     gated_add,
     gelu,
     modulated_norm,
-    scan_blocks,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
 
@@ -165,11 +165,11 @@ class QwenImageStream(nnx.Module):
     def update(
         self,
         hidden: Float[Array, "b n d"],
-        attended: Float[Array, "b n h k"],
+        attended: Float[Array, "b n d"],
         attention: Modulation,
         feed_forward: Modulation,
     ) -> Float[Array, "b n d"]:
-        hidden = gated_add(hidden, self.out(attended.reshape(hidden.shape)), attention.gate)
+        hidden = gated_add(hidden, self.out(attended), attention.gate)
         x = modulated_norm(hidden, feed_forward.shift, feed_forward.scale, EPS)
         return gated_add(hidden, self.feed_forward(x), feed_forward.gate)
 
@@ -184,11 +184,14 @@ class QwenImageBlock(nnx.Module):
         with jax.named_scope("modulation"):
             of_image, of_text = self.image.modulations(context.time), self.text.modulations(context.time)
         with jax.named_scope("joint_attention"):
-            tokens_out, text_out = attend.joint_attention(
-                self.image.qkv(tokens, of_image[0], context.rope),
-                self.text.qkv(text, of_text[0], context.text_rope),
-                text_length=context.text_length,
-            )
+
+            def streams() -> tuple[QKV, QKV]:
+                return (
+                    self.image.qkv(tokens, of_image[0], context.rope),
+                    self.text.qkv(text, of_text[0], context.text_rope),
+                )
+
+            tokens_out, text_out = joint_attention(attend, streams, context.text_length)
         with jax.named_scope("feed_forward"):
             return self.image.update(tokens, tokens_out, *of_image), self.text.update(text, text_out, *of_text)
 
@@ -235,7 +238,7 @@ class QwenImageTransformer(nnx.Module):
 
     def run_blocks(self, hidden: Streams, context: QwenImageContext, attend: Attend, lo: int, hi: int) -> Streams:
         """Blocks lo to hi - 1."""
-        return scan_blocks(self.blocks, lo, hi, lambda block, hidden: block(hidden, context, attend), hidden)
+        return scan_attending(self.blocks, lo, hi, lambda block, x, attend: block(x, context, attend), hidden, attend)
 
     def head(self, hidden: Streams, context: QwenImageContext) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""

@@ -31,10 +31,10 @@ from smartdiff_jax.models.layers import (
     gated_add,
     gelu,
     modulated_norm,
-    scan_blocks,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.modules import module, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
 
@@ -170,18 +170,23 @@ class WanBlock(nnx.Module):
         attention, feed_forward = Modulation(*pieces[:3]), Modulation(*pieces[3:])
 
         with jax.named_scope("self_attention"):
-            x = modulated_norm(hidden, attention.shift, attention.scale, self.eps)
-            x = self.self_attention.self_attention(x, attend, context.rope)
+            x = module(attend, "self_attention", lambda: self._self_attention(hidden, attention, context, attend))
             hidden = gated_add(hidden, x, attention.gate)
 
         with jax.named_scope("cross_attention"):
-            x = hidden if self.cross_attention_norm is None else self.cross_attention_norm(hidden)
-            x = self.cross_attention.cross_attention(x, context.text, attend, context.text_length)
-            hidden = hidden + x
+            hidden = hidden + module(attend, "cross_attention", lambda: self._cross_attention(hidden, context, attend))
 
         with jax.named_scope("feed_forward"):
             x = modulated_norm(hidden, feed_forward.shift, feed_forward.scale, self.eps)
             return gated_add(hidden, self.feed_forward(x), feed_forward.gate)
+
+    def _self_attention(self, hidden: Array, modulation: Modulation, context: WanContext, attend: Attend) -> Array:
+        x = modulated_norm(hidden, modulation.shift, modulation.scale, self.eps)
+        return self.self_attention.self_attention(x, attend, context.rope)
+
+    def _cross_attention(self, hidden: Array, context: WanContext, attend: Attend) -> Array:
+        x = hidden if self.cross_attention_norm is None else self.cross_attention_norm(hidden)
+        return self.cross_attention.cross_attention(x, context.text, attend, context.text_length)
 
 
 class WanTransformer(nnx.Module):
@@ -228,7 +233,7 @@ class WanTransformer(nnx.Module):
         self, hidden: Float[Array, "b s d"], context: WanContext, attend: Attend, lo: int, hi: int
     ) -> Float[Array, "b s d"]:
         """Blocks lo to hi - 1."""
-        return scan_blocks(self.blocks, lo, hi, lambda block, hidden: block(hidden, context, attend), hidden)
+        return scan_attending(self.blocks, lo, hi, lambda block, x, attend: block(x, context, attend), hidden, attend)
 
     def head(self, hidden: Float[Array, "b s d"], context: WanContext) -> Float[Array, "b s p"]:
         """The residual stream to the float32 velocity of the packed latents."""

@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
-from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, scan_blocks, stack_blocks, timestep_embedding
+from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, stack_blocks, timestep_embedding
+from smartdiff_jax.models.modules import joint_attention, module, scan_attending, side_by_side
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
 
@@ -222,15 +223,18 @@ class ZImageBlock(nnx.Module):
         streams: tuple[Float[Array, "b _ d"], ...],
         ropes: tuple[StreamRope, ...],
         time: Float[Array, "b t"],
-        attention: Callable[..., tuple[Array, ...]],
+        attention: Callable[[Callable[[], Any]], tuple[Float[Array, "b _ d"], ...]],
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        """streams, each with its rotary table; `attention` takes the QKV of each and returns what each attended to."""
+        """streams, each with its rotary table; `attention` takes what gives the QKV of each, and returns what each attended to."""
         with jax.named_scope("modulation"):
             of_attention, of_feed_forward = self.modulations(time)
         with jax.named_scope("attention"):
-            inputs = [self.attention_input(x, of_attention) for x in streams]
-            attended = attention(*(self._qkv(x, rope) for x, rope in zip(inputs, ropes, strict=True)))
-            outputs = [self.attention_norm_out(self.out(x.reshape(*x.shape[:2], -1))) for x in attended]
+
+            def qkv() -> list[QKV]:
+                inputs = [self.attention_input(x, of_attention) for x in streams]
+                return [self._qkv(x, rope) for x, rope in zip(inputs, ropes, strict=True)]
+
+            outputs = [self.attention_norm_out(self.out(x)) for x in attention(qkv)]
             streams = tuple(_add(x, of_attention.gate * y) for x, y in zip(streams, outputs, strict=True))
         with jax.named_scope("feed_forward"):
             inputs = [self.feed_forward_norm_in(x) * of_feed_forward.scale for x in streams]
@@ -261,18 +265,27 @@ class ZImageRefiner(nnx.Module):
         filling, caption = text[:, :size], text[:, size:]
         cos, sin = context.text_rope
 
+        def of_tokens(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
+            return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(*qkv()))),)
+
+        def of_caption(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
+            length = context.caption_length
+            attended = lambda: side_by_side(attend.text_attention(*qkv(), text_length=length))  # noqa: E731
+            return (module(attend, "text_attention", attended),)
+
         with jax.named_scope("image_refiner"):
             if size:
                 ropes = (context.rope, (cos[:, :size], sin[:, :size]))
-                tokens, filling = self.image((tokens, filling), ropes, context.time, attend.joint_attention)
+                joint = partial(joint_attention, attend, text_length=None)
+                tokens, filling = self.image((tokens, filling), ropes, context.time, joint)
             else:
-                (tokens,) = self.image((tokens,), (context.rope,), context.time, lambda qkv: (attend.self_attention(qkv),))
+                (tokens,) = self.image((tokens,), (context.rope,), context.time, of_tokens)
         with jax.named_scope("text_refiner"):
             (caption,) = self.text(
                 (caption,),
                 ((cos[:, size:], sin[:, size:]),),
                 context.time,
-                lambda qkv: (attend.text_attention(qkv, text_length=context.caption_length),),
+                of_caption,
             )
         return tokens, jnp.concatenate([filling, caption], axis=1)
 
@@ -342,15 +355,16 @@ class ZImageTransformer(nnx.Module):
         first = self.num_refiners
         length = None if context.caption_length is None else context.caption_length + context.filling
 
-        def single_stream(block: ZImageBlock, hidden: Streams) -> Streams:
-            attention = partial(attend.joint_attention, text_length=length)
+        def single_stream(block: ZImageBlock, hidden: Streams, attend: Attend) -> Streams:
+            attention = partial(joint_attention, attend, text_length=length)
             tokens, text = block(hidden, (context.rope, context.text_rope), context.time, attention)
             return tokens, text
 
         if lo < min(hi, first):
-            hidden = scan_blocks(self.refiners, lo, min(hi, first), lambda block, x: block(x, context, attend), hidden)
+            refine = lambda block, x, attend: block(x, context, attend)  # noqa: E731
+            hidden = scan_attending(self.refiners, lo, min(hi, first), refine, hidden, attend)
         if max(lo, first) < hi:
-            hidden = scan_blocks(self.blocks, max(lo, first) - first, hi - first, single_stream, hidden)
+            hidden = scan_attending(self.blocks, max(lo, first) - first, hi - first, single_stream, hidden, attend)
         return hidden
 
     def head(self, hidden: Streams, context: ZImageContext) -> Float[Array, "b s p"]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from smartdiff_jax.cache.base import CachePolicy, Step
 from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
+from smartdiff_jax.models.modules import HeldModules, module_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
@@ -128,7 +129,8 @@ class DenoiseLoop:
 
         def like_blocks():
             one = as_batch(jax.tree.map(lambda leaf: leaf[:width], branches), tokens.shape[0])
-            return policy.init_blocks(model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)[0])
+            hidden, context = model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)
+            return policy.init_stack(_Stack(model, self._attend, hidden, context))
 
         of_blocks, of_step = jax.eval_shape(like_blocks), jax.eval_shape(policy.init_step, tokens)
         return DenoiseCarry(
@@ -203,6 +205,16 @@ class _Stack:
 
     def run(self, hidden, lo, hi):
         return self.model.run_blocks(hidden, self.context, self.attend, lo, hi)
+
+    def modules(self):
+        return module_shapes(self._run_all, self.attend)
+
+    def run_modules(self, around, held):
+        attend = HeldModules(self.attend, around, held)
+        return self._run_all(attend), attend.after
+
+    def _run_all(self, attend):
+        return self.model.run_blocks(self.hidden, self.context, attend, 0, self.num_blocks)
 
     def modulated_input(self):
         return self.model.probe(self.hidden, self.context)

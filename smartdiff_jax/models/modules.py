@@ -1,0 +1,134 @@
+"""The seam around the attention modules of a block, for caches that hold what single modules give.
+
+    out = module(attend, "self_attention", compute)      in a block: compute(), or what a cache makes of it
+    hidden = scan_attending(blocks, lo, hi, call, hidden, attend)
+
+Blocks are handed one thing that outlives them, their `attend`; so the seam travels in it. An ordinary `Attend` computes, and
+nothing of the seam is left in what is compiled. A `HeldModules` hands every module of every block to a function, together with
+what that function remembered of it at the step before.
+
+What is remembered is stacked over the blocks of a scan and goes through it in its carry, where each block's part is written in
+place. As the scan's inputs and outputs it would lie in memory twice.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.models.layers import scan_blocks
+
+T = TypeVar("T")
+Out = Any
+
+Module = Literal["self_attention", "cross_attention", "text_attention", "joint_attention"]
+"""Named as the way of attending; a block has at most one of each."""
+
+Held = tuple[Mapping[str, Out], ...]
+"""What is remembered: for each scan in the order they run, for each module, what it gave, stacked over the blocks [n, ...]."""
+
+Around = Callable[[str, Out, Callable[[], Out]], Out]
+"""(module, what was held of it, compute) -> what the module gives now, which is held from then on."""
+
+
+def module(attend: Attend, name: Module, compute: Callable[[], T]) -> T:
+    """What a block's module gives: arrays [b n d] whose token axis is the last but one, as layouts on a mesh expect them."""
+    return attend.module(name, compute) if isinstance(attend, _BlockAttend) else compute()
+
+
+def joint_attention(attend: Attend, streams: Callable[[], tuple[QKV, QKV]], text_length: Any) -> tuple[Any, Any]:
+    """The module in which picture and text meet: what both attended to, heads side by side, each [b n d].
+
+    streams: their queries, keys and values, computed only if the module is.
+    """
+
+    def attended():
+        tokens, text = streams()
+        with jax.named_scope("attention"):
+            out = attend.joint_attention(tokens, text, text_length=text_length)
+        return side_by_side(out[0]), side_by_side(out[1])
+
+    return module(attend, "joint_attention", attended)
+
+
+def side_by_side(heads: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
+    """What the heads attended to as one vector."""
+    return heads.reshape(*heads.shape[:2], -1)
+
+
+def scan_attending(blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T, Any], T], hidden: T, attend: Attend) -> T:
+    """`scan_blocks` for blocks that attend: `call(block, hidden, attend)` is traced once."""
+    if isinstance(attend, HeldModules):
+        return attend.scan(blocks, lo, hi, call, hidden)
+    return scan_blocks(blocks, lo, hi, lambda block, hidden: call(block, hidden, attend), hidden)
+
+
+class HeldModules:
+    """An `Attend` for one call of `Denoiser.run_blocks` over all blocks, and no longer: it lives while that is traced.
+
+    held: what was remembered at the step before. `after`: what is remembered now, once all blocks were run.
+    """
+
+    def __init__(self, attend: Attend, around: Around, held: Held):
+        self._attend, self._around, self._held = attend, around, held
+        self.after: Held = ()
+
+    def scan(self, blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T, Any], T], hidden: T) -> T:
+        def remembering(block, carry):
+            hidden, held, at = carry
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), held)
+            attend = _BlockAttend(self._attend, self._around, own)
+            hidden = call(block, hidden, attend)
+            held = jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, at, 0), held, attend.held)
+            return hidden, held, at + 1
+
+        carry = hidden, self._held[len(self.after)], jnp.int32(0)
+        hidden, held, _ = scan_blocks(blocks, lo, hi, remembering, carry)
+        self.after = (*self.after, held)
+        return hidden
+
+
+def module_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
+    """What the modules give, as shapes and dtypes stacked like `Held`. run: all blocks, for an `Attend`."""
+    recorder = _Recorder(attend)
+    jax.eval_shape(lambda: run(recorder))
+    return recorder.shapes
+
+
+class _BlockAttend:
+    """The `Attend` of one block. held: of each of its modules, what it gave last."""
+
+    def __init__(self, attend: Attend, around: Around, held: Mapping[str, Out]):
+        self._attend, self._around = attend, around
+        self.held = dict(held)
+
+    def module(self, name: str, compute: Callable[[], Out]) -> Out:
+        self.held[name] = self._around(name, self.held.get(name), compute)
+        return self.held[name]
+
+    def __getattr__(self, way: str) -> Any:
+        return getattr(self._attend, way)
+
+
+class _Recorder(HeldModules):
+    def __init__(self, attend: Attend):
+        super().__init__(attend, lambda name, held, compute: compute(), ())
+        self.shapes: Held = ()
+
+    def scan(self, blocks, lo, hi, call, hidden):
+        shapes: dict[str, Out] = {}
+
+        def recording(block, hidden):
+            attend = _BlockAttend(self._attend, self._around, {})
+            hidden = call(block, hidden, attend)
+            shapes.update(attend.held)
+            return hidden
+
+        hidden = scan_blocks(blocks, lo, hi, recording, hidden)
+        stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((hi - lo, *leaf.shape), leaf.dtype), shapes)
+        self.shapes = (*self.shapes, stacked)
+        return hidden
