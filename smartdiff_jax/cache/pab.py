@@ -15,9 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, model_validator
 
-from smartdiff_jax.cache.base import CachePolicy, Hidden, Stack, State, Step
+from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State, Step
 from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
 from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
+
+
+LAST_TIMESTEP = 1000.0
+"""Of noise alone."""
 
 
 class PABParams(GuardParams):
@@ -71,6 +75,12 @@ class PyramidAttentionBroadcast(CachePolicy):
             min_timestep=jnp.float32(checked.min_timestep),
             max_timestep=jnp.float32(checked.max_timestep),
         )
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        """With a ratio all attention is computed at the same steps, evenly spread over those between the timesteps."""
+        timesteps = LAST_TIMESTEP * outlook.sigmas[:-1]
+        outside = (timesteps <= float(self.min_timestep)) | (timesteps >= float(self.max_timestep))
+        return dataclasses.replace(self, guards=self.guards.within(outlook, outside, evenly=True)), ()
 
     def init_stack(self, stack: Stack) -> PABMemory:
         held = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack.modules())
