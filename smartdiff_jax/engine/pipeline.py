@@ -205,7 +205,7 @@ class Pipeline:
                 else:
                     result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
                     wanted = range(batch.start, min(batch.stop, num_outputs))
-                    steps += [_executed(event, schedule)] * len(wanted)
+                    steps += [_executed(event, schedule, scales)] * len(wanted)
             clock.lap("denoise", result)
             results.append(np.asarray(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
@@ -304,10 +304,15 @@ class _Clock:
         self._last = now
 
 
-def _executed(carry: DenoiseCarry, schedule: Schedule) -> str:
-    """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did."""
+def _executed(carry: DenoiseCarry, schedule: Schedule, scales: Float[np.ndarray, " max_steps"]) -> str:
+    """A letter a step: F where every branch that counts computed its blocks, . where none did, h where one of two did.
+
+    At scale 1 the negative branch does not count.
+    """
     done = np.asarray(carry.executed)[: int(schedule.num_steps)]
-    return "".join("F" if step[0] else "h" if step.any() else "." for step in done)
+    counts = np.ones_like(done)
+    counts[scales[: len(done)] == 1.0, 1:] = False
+    return "".join("F" if (step | ~due).all() else "h" if step.any() else "." for step, due in zip(done, counts, strict=True))
 
 
 def _peak_memory(device: Any) -> int:
