@@ -1,6 +1,7 @@
 """Feature caches: which evaluations are computed, and what stands in for the others.
 
     step:  velocity = policy.step(tokens, evaluate)              the guided velocity of a whole step may be predicted
+    guidance:  evaluate(stand_in)                                or the velocity of the negative branch
     model:   hidden = policy.blocks(stack)                       or what a range of blocks makes of one branch
     module:  stack.run_modules(around, held)                     or what single modules of each block make of it
 
@@ -100,8 +101,26 @@ class Stack(Protocol):
         ...
 
 
-Evaluate = Callable[[State], tuple[Array, Array, State, Array]]
-"""(state of the blocks) -> (guided velocity, velocity of the positive branch, state, bool [n]: whose blocks were computed)."""
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """Something for the velocity of the negative branch.
+
+    when: whether it is used, and the branch not run. predict: (velocity of the positive branch) -> that of the negative one.
+    """
+
+    when: Bool[Array, ""]
+    predict: Callable[[Float[Array, "b s p"]], Float[Array, "b s p"]]
+
+
+class Evaluate(Protocol):
+    """One evaluation of the model, from the state of the blocks.
+
+    Returns the guided velocity, those of the branches (positive first), the state, and whose blocks were computed.
+    """
+
+    def __call__(
+        self, state: State, /, stand_in: StandIn | None = None
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], State, Bool[Array, " n"]]: ...
 
 
 class CachePolicy:
