@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from smartdiff_jax.cache.base import CachePolicy, Outlook
+from smartdiff_jax.cache.easycache import EasyCache
 from smartdiff_jax.cache.params import CacheParams, ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.planned import Planned
 from smartdiff_jax.cache.planner import NUM_ANCHORS, Plan, between, make_plan
@@ -65,11 +66,7 @@ class Auto(CachePolicy):
         """Takes no parameters. Raises InvalidRequest for any."""
         check_params(CacheParams, params)
         numbers = check_numbers(AutoNumbers, model_numbers, "auto")
-        if numbers.runs:
-            return cls(numbers.runs, None)
-        from smartdiff_jax.cache.easycache import EasyCache
-
-        return cls((), EasyCache.create(num_steps, model_numbers))
+        return cls(numbers.runs, None if numbers.runs else EasyCache.create(num_steps, model_numbers))
 
     def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
         ratio = DEFAULT_RATIO if outlook.ratio is None else outlook.ratio

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State, Step
-from smartdiff_jax.cache.guards import Counters, Guards
+from smartdiff_jax.cache.base import Hidden, Stack, State, Step
+from smartdiff_jax.cache.guards import Counters, Guarded
 from smartdiff_jax.cache.memory import Anchors
 from smartdiff_jax.cache.predict import hold
 
@@ -46,26 +45,15 @@ class Verdict:
     score: Any = ()
 
 
-class BlockCache(CachePolicy):
-    """Subclasses are registered dataclasses: they hold `guards`, say what they wish in `judge`, and override the rest at need.
+class BlockCache(Guarded):
+    """Subclasses are registered dataclasses: they say what they wish in `judge`, and override the rest at need.
 
     num_anchors: computed steps that are remembered.
     adds: whether the range's part is what it adds to the stream, or the stream itself as it leaves.
-    evenly: with a budget the computed steps are spread evenly, instead of as `judge` wishes.
     """
 
-    guards: Guards
     num_anchors: int = 1
     adds: ClassVar[bool] = True
-    evenly: ClassVar[bool] = False
-
-    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
-        guards = self.guards.within(outlook, self.busy(outlook), evenly=self.evenly)
-        return dataclasses.replace(self, guards=guards), ()  # type: ignore[type-var]
-
-    def busy(self, outlook: Outlook) -> Bool[np.ndarray, " t"]:
-        """The steps that are computed whatever the budget."""
-        return np.zeros(outlook.num_steps, bool)
 
     def check_model(self, num_blocks: int) -> None:
         self.span(num_blocks)

@@ -72,5 +72,6 @@ class EasyCache(StepCache):
         moved = l1(tokens - memory.previous, step.token_weights)
         score = memory.score + last["rate"] * moved / l1(last["velocity"], step.token_weights)
         # One sample of a batch that wants to be computed is enough: no picture is the worse for its neighbours.
-        may_skip = last["has_rate"] & jnp.all(score < self.threshold)
+        threshold = self.guards.led(self.threshold, memory.counters, step)
+        may_skip = last["has_rate"] & jnp.all(score < threshold)
         return Verdict(~may_skip, previous=tokens, score=score)

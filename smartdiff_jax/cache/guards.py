@@ -13,7 +13,7 @@ that would be more than a few steps.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
-from smartdiff_jax.cache.base import Outlook, Step
+from smartdiff_jax.cache.base import CachePolicy, Outlook, Step
 from smartdiff_jax.cache.params import MAX_STEPS, CacheParams
 from smartdiff_jax.errors import InvalidRequest
 
@@ -143,9 +143,9 @@ class Guards:
             guards,
             mask=jnp.asarray(mask),
             budget=jnp.int32(budget),
-            reserved=jnp.asarray(counted, jnp.int32),
-            open=jnp.asarray(_padded(np.flip(np.cumsum(np.flip(open_)))), jnp.int32),
-            pace=jnp.asarray(_padded(np.cumsum(rate) - rate), jnp.float32),
+            reserved=jnp.asarray(counted.astype(np.int32)),
+            open=jnp.asarray(_padded(np.flip(np.cumsum(np.flip(open_)))).astype(np.int32)),
+            pace=jnp.asarray(_padded(np.cumsum(rate) - rate).astype(np.float32)),
             slack=jnp.float32(SLACK[0] + SLACK[1] * budget),
             gain=jnp.float32(PACE_GAIN),
         )
@@ -200,6 +200,24 @@ class Guards:
             skips=counters.skips + jnp.where(fresh, 0, 1),
             first=first,
         )
+
+
+class Guarded(CachePolicy):
+    """A policy that asks its guards: a registered dataclass that holds them.
+
+    evenly: with a budget the computed steps are spread evenly, instead of as the policy wishes.
+    """
+
+    guards: Guards
+    evenly: ClassVar[bool] = False
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        guards = self.guards.within(outlook, self.busy(outlook), evenly=self.evenly)
+        return dataclasses.replace(self, guards=guards), ()  # type: ignore[type-var]
+
+    def busy(self, outlook: Outlook) -> Bool[np.ndarray, " t"]:
+        """The steps that are computed whatever the budget."""
+        return np.zeros(outlook.num_steps, bool)
 
 
 def _padded(table: np.ndarray) -> np.ndarray:

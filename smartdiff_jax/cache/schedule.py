@@ -51,6 +51,7 @@ class Schedule(StepCache):
     in_sigma: Bool[Array, ""]
 
     num_anchors: ClassVar[int] = MAX_ANCHORS
+    evenly: ClassVar[bool] = True
 
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "Schedule":

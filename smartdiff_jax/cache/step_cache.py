@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from smartdiff_jax.cache.base import CachePolicy, Evaluate, State, Step
+from smartdiff_jax.cache.base import Evaluate, State, Step
 from smartdiff_jax.cache.block_cache import Verdict
-from smartdiff_jax.cache.guards import Counters, Guards
+from smartdiff_jax.cache.guards import Counters, Guarded
 from smartdiff_jax.cache.memory import Anchors
 from smartdiff_jax.cache.predict import hold
 
@@ -39,14 +39,13 @@ class StepMemory:
     score: Any = ()
 
 
-class StepCache(CachePolicy):
-    """Subclasses are registered dataclasses: they hold `guards`, say what they wish in `judge`, and override the rest at need.
+class StepCache(Guarded):
+    """Subclasses are registered dataclasses: they say what they wish in `judge`, and override the rest at need.
 
     num_anchors: steps that are remembered.
     every_step: whether predicted velocities are remembered too, as if they had been computed.
     """
 
-    guards: Guards
     num_anchors: ClassVar[int] = 1
     every_step: ClassVar[bool] = False
 

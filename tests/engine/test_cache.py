@@ -31,7 +31,7 @@ def calibrated(pipe):
 
 
 def test_numbers_of_a_cache_compile_nothing(pipe, compiles):
-    pipe("a red fox", **SMALL, cache="fbcache")
+    pipe("a red fox", **SMALL, cache="fbcache", cache_ratio=0.4)
     before, strings = compiles.count, set()
     for ratio, params in (
         (None, dict(threshold=0.0)),
