@@ -24,7 +24,7 @@ def config(tmp_path_factory):
     settings = {
         "cache_dir": str(path.parent / "cache"),
         "dtype": "float32",
-        "service": {"checkpoint_seconds": 0.2, "max_megapixels": 0.35},
+        "service": {"checkpoint_seconds": 0.05, "max_megapixels": 0.35},
     }
     path.write_text(json.dumps(settings))
     return path
