@@ -19,7 +19,6 @@ from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State,
 from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
 from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
 
-
 LAST_TIMESTEP = 1000.0
 """Of noise alone."""
 
