@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
-from smartdiff_jax.cache.base import CachePolicy, Evaluate, StandIn, State, Step
+from smartdiff_jax.cache.base import CachePolicy, Evaluate, Outlook, StandIn, State, Step
 from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
 from smartdiff_jax.cache.memory import Anchors
-from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
+from smartdiff_jax.cache.params import LAST_TIMESTEP, MAX_STEPS, ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.step_cache import StepMemory
 from smartdiff_jax.errors import InvalidRequest
 
@@ -53,6 +54,20 @@ class CFGCache(CachePolicy):
             below=jnp.float32(checked.below),
             gain=jnp.float32(checked.gain),
         )
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        """A step that skips its negative branch saves half of it. Raises InvalidRequest for more than can be saved so."""
+        if outlook.ratio is None:
+            return self, ()
+        above = LAST_TIMESTEP * outlook.sigmas[:-1] >= float(self.below)
+        most = 0.5 * (1.0 - np.mean(above | self.guards.forced(outlook)))
+        if outlook.ratio > most:
+            remedy = (
+                f"only negative branches are skipped, and only below timestep {float(self.below):g}; give at most {most:.3f}"
+            )
+            raise InvalidRequest("cache_ratio", outlook.ratio, remedy)
+        of_branch = dataclasses.replace(outlook, ratio=2.0 * outlook.ratio)
+        return dataclasses.replace(self, guards=self.guards.within(of_branch, above, evenly=True)), ()
 
     def init_step(self, tokens: Float[Array, "b s p"]) -> State:
         return StepMemory(Counters.zero(), Anchors.empty(tokens.astype(jnp.float32), 1))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, model_validator
 
-from smartdiff_jax.cache.base import Step
+from smartdiff_jax.cache.base import CachePolicy, Outlook, Step
 from smartdiff_jax.cache.block_cache import Verdict
 from smartdiff_jax.cache.guards import SKIP, GuardParams, Guards
 from smartdiff_jax.cache.memory import MAX_ANCHORS, Anchors
@@ -69,11 +69,12 @@ class MeanCacheParams(GuardParams):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeanCache(StepCache):
-    """computed: which steps. orders: K at the others."""
+    """computed: which steps. orders: K at the others. tables: to plan by once the ratio is known; what runs has none."""
 
     guards: Guards
     computed: Bool[Array, " max_steps"]
     orders: Int[Array, " max_steps"]
+    tables: tuple[Table, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     num_anchors: ClassVar[int] = MAX_ANCHORS
     every_step: ClassVar[bool] = True
@@ -86,9 +87,7 @@ class MeanCache(StepCache):
         if checked.budget is not None and checked.budget > num_steps:
             raise InvalidRequest("cache_params.budget", checked.budget, f"there are {num_steps} steps; give at most so many")
         if checked.budget is not None and checked.mask is not None:
-            raise InvalidRequest(
-                "cache_params.budget", checked.budget, "the mask says which steps are computed; leave one out"
-            )
+            raise InvalidRequest("cache_params.budget", checked.budget, "the mask says which steps are computed; leave one out")
         if checked.orders is not None and len(checked.orders) != num_steps:
             remedy = f"give one entry for each of the {num_steps} steps"
             raise InvalidRequest("cache_params.orders", list(checked.orders), remedy)
@@ -100,12 +99,22 @@ class MeanCache(StepCache):
             orders = slopes_of_computed(computed)
         if checked.orders is not None:
             orders = np.asarray(checked.orders)
-        more = MAX_STEPS - num_steps
-        return cls(
-            guards=guards,
-            computed=jnp.asarray(np.pad(computed, (0, more), constant_values=True)),
-            orders=jnp.asarray(np.pad(orders, (0, more), constant_values=1), jnp.int32),
-        )
+        return cls(guards, *_padded(computed, orders), numbers.tables)
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        """With a ratio the budget is planned for; other weights, which must be computed with, are made room for."""
+        if outlook.budget is None:
+            return dataclasses.replace(self, tables=()), ()
+        if told := outlook.given & {"budget", "mask", "orders"}:
+            remedy = f"cache_params.{min(told)} says how many steps are computed; leave one out"
+            raise InvalidRequest("cache_ratio", outlook.ratio, remedy)
+        forced = self.guards.forced(outlook)
+        for budget in range(outlook.budget, 0, -1):
+            computed, orders = plan(outlook.num_steps, budget, self.tables)
+            if np.sum(computed | forced) <= outlook.budget:
+                break
+        guards = self.guards.within(outlook, computed, evenly=True)
+        return MeanCache(guards, *_padded(computed, orders)), ()
 
     def judge(self, memory: StepMemory, step: Step, tokens: Float[Array, "b s p"]) -> Verdict:
         return Verdict(self.computed[step.index])
@@ -114,6 +123,12 @@ class MeanCache(StepCache):
         starts = anchors.at.astype(jnp.int32)
         after, following = step.sigmas[starts[0] + 1], step.sigmas[step.index + 1]
         return mean_slope(step.sigmas[starts], anchors.count, after, following, self.orders[step.index])
+
+
+def _padded(computed: Bool[np.ndarray, " t"], orders: Int[np.ndarray, " t"]) -> tuple[Array, Array]:
+    more = MAX_STEPS - len(computed)
+    computed, orders = np.pad(computed, (0, more), constant_values=True), np.pad(orders, (0, more), constant_values=1)
+    return jnp.asarray(computed), jnp.asarray(orders, jnp.int32)
 
 
 def plan(num_steps: int, budget: int | None, tables: Sequence[Table]) -> tuple[Bool[np.ndarray, " t"], Int[np.ndarray, " t"]]:

@@ -17,10 +17,7 @@ from pydantic import Field, model_validator
 
 from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State, Step
 from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
-from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
-
-LAST_TIMESTEP = 1000.0
-"""Of noise alone."""
+from smartdiff_jax.cache.params import LAST_TIMESTEP, MAX_STEPS, ModelNumbers, check_numbers, check_params
 
 
 class PABParams(GuardParams):

@@ -11,6 +11,9 @@ from smartdiff_jax.errors import InvalidConfig, InvalidField, InvalidRequest
 MAX_STEPS = 200
 """Tables are padded to it, as the samplers' are."""
 
+LAST_TIMESTEP = 1000.0
+"""Of noise alone, as models are told it; a noise level of 1."""
+
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
