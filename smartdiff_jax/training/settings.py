@@ -130,6 +130,7 @@ class Recipe(_Section):
             description=self.description,
             bundled=True,
             parameters=f"{parameters / 1e6:.0f} M",
+            state="trained by its recipe; scores in its card",
             sampling=self.served_as,
         )
 

@@ -263,7 +263,9 @@ def load(path: Path) -> Atlas:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(arrays["meta"].tobytes())
     if meta["format"] != FORMAT:
-        raise InvalidConfig(str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --stage prepare`")
+        raise InvalidConfig(
+            str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --stage prepare`"
+        )
     side, frames = meta["side"], meta["frames"]
     sprites = _decode(arrays["sprites"], arrays["sprite_ends"])
     clips = _decode(arrays["clips"], arrays["clip_ends"])

@@ -129,7 +129,11 @@ class Rules:
         self.colour_visible = far > 0.45
 
     def grounds(
-        self, sprite: Int[np.ndarray, " n"], subject: Int[np.ndarray, " n"], colour: Int[np.ndarray, " n"], keep_out: bool = True
+        self,
+        sprite: Int[np.ndarray, " n"],
+        subject: Int[np.ndarray, " n"],
+        colour: Int[np.ndarray, " n"],
+        keep_out: bool = True,
     ) -> Bool[np.ndarray, "n grounds"]:
         """The backgrounds that each sprite can be seen on and, with `keep_out`, is not held out on."""
         seen = np.where((colour < 0)[:, None], self.visible[sprite], self.colour_visible[colour])
