@@ -34,7 +34,9 @@ SMALL = {
     "flux2-klein-4b": (
         {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 64}, KL,
     ),
-    "qwen-image": ({"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}, {"base_dim": 16, "num_res_blocks": 1}),
+    "qwen-image": (
+        {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}, {"base_dim": 16, "num_res_blocks": 1},
+    ),
     "z-image": (
         {"dim": 256, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64}, KL,
     ),

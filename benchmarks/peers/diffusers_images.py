@@ -93,18 +93,9 @@ def forget_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", type=json.loads)
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    task, repeats = arguments.task, arguments.repeats
-    torch.manual_seed(0)
-    transformer_class, vae_class = CLASSES[task["name"]]
-    results: dict = {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
-
-    model, told = build(transformer_class, task["transformer"]), inputs(task)
+def of_transformer(name: str, task: dict, repeats: int) -> dict:
+    """One forward pass, eager and compiled, and both branches where there are two."""
+    model, told = build(name, task["transformer"]), inputs(task)
 
     def forward():
         return model(**told, return_dict=False)[0]
@@ -116,7 +107,7 @@ def main() -> None:
         return guided * (torch.norm(positive, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
 
     forget_peak()
-    results["forward_eager"] = measured(forward, repeats)
+    results = {"forward_eager": measured(forward, repeats)}
     began = time.perf_counter()
     for blocks in model.children() if CUDA else ():  # on a CPU it would take minutes, and nobody is to compare with it
         if isinstance(blocks, nn.ModuleList):
@@ -129,16 +120,33 @@ def main() -> None:
     results["forward"] = measured(forward, repeats)
     if task["branches"] == 2:
         results["both_branches"] = measured(both_branches, repeats)
+    return results
 
-    del model, told
-    forget_peak()
-    vae = build(vae_class, task["vae"])
+
+def of_vae(name: str, task: dict, repeats: int) -> dict:
+    """One decode, as it is and with cuDNN's search."""
+    vae = build(name, task["vae"])
     _, channels, frames, height, width = task["latents"]
-    shape = (1, channels, frames, height, width) if vae_class == "AutoencoderKLQwenImage" else (1, channels, height, width)
+    shape = (1, channels, frames, height, width) if name == "AutoencoderKLQwenImage" else (1, channels, height, width)
     latents = torch.randn(shape, dtype=DTYPE, device=DEVICE)
-    results["vae_decode"] = measured(lambda: vae.decode(latents, return_dict=False)[0], repeats)
+    forget_peak()
+    results = {"vae_decode": measured(lambda: vae.decode(latents, return_dict=False)[0], repeats)}
     torch.backends.cudnn.benchmark = True
     results["vae_decode_searched"] = measured(lambda: vae.decode(latents, return_dict=False)[0], repeats)
+    return results
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", type=json.loads)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    transformer, vae = CLASSES[arguments.task["name"]]
+    results: dict = {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}}
+    results |= of_transformer(transformer, arguments.task, arguments.repeats)
+    results |= of_vae(vae, arguments.task, arguments.repeats)
     print(json.dumps(results))
 
 

@@ -72,7 +72,7 @@ def rule_for(architecture: Architecture, path: str) -> tuple[KeyRule, str]:
 
 
 def _key_of(pattern: str, groups: Mapping[str, str]) -> str:
-    """A key that a pattern of key rules matches: named groups as given, of other alternatives the first, what may be left out."""
+    """A key that a pattern of key rules matches: named groups as given, of others the first alternative, even if optional."""
     key = ""
     while pattern:
         if pattern.startswith("("):

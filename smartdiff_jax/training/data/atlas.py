@@ -7,7 +7,7 @@ animated pack animates. `world.json` beside this file says which hands and faces
 
 Everything is cropped to what is drawn and fitted into a square (72 pixels for video) with a 2-pixel border, so a sprite's side
 is the subject's longest side. The file keeps straight-alpha WebP bytes (about 16 MB); `load` decodes them to premultiplied
-RGBA, which is what a correct bilinear blend needs. An atlas for pictures has larger sprites, of the same subjects, and no clips.
+RGBA, which is what a correct bilinear blend needs. An atlas for pictures has larger sprites of the same subjects, and no clips.
 """
 
 import io

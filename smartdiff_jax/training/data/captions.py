@@ -1,8 +1,9 @@
 """Chooses what moving scenes show, and captions them: subject, style, object colour, background and motion.
 
 The pairs (subject, background), (subject, colour) and (subject, motion) in `held_out.json` are never chosen for training; they
-and the held-out wordings measure generalisation (a fourth kind, subject and relation, belongs to `pictures`). Choices that nobody could check by eye are avoided too: a sprite on a
-background of its own colour, a spinning ball without marks, a second colour word on a "green apple".
+and the held-out wordings measure generalisation (a fourth kind, subject and relation, belongs to `pictures`). Choices that
+nobody could check by eye are avoided too: a sprite on a background of its own colour, a spinning ball without marks, a second
+colour word on a "green apple".
 
 Everything is deterministic in the NumPy generator given.
 """

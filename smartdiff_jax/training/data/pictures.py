@@ -235,8 +235,8 @@ def sentence(
     wording: Wording = TRAINING,
     drop: bool = True,
 ) -> str:
-    """One caption of `shown`. With `drop`, a synonym may stand for a name, and words that may be omitted sometimes are: the style
-    if it is 3d, the background, the articles."""
+    """One caption of `shown`. With `drop`, a synonym may stand for a name, and words that may be omitted sometimes are: the
+    style if it is 3d, the background, the articles."""
     style_before, style_after = style_words(shown.style, dice, wording, drop)
     heads = []
     for index, thing in enumerate(shown.things):
