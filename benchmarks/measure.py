@@ -10,6 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -58,13 +59,26 @@ def stamp(commit: str | None = None) -> dict:
     }
 
 
+def child(command: list[str], python: str = sys.executable) -> dict:
+    """The last line that a Python process of its own prints, as JSON, or why there is none."""
+    done = subprocess.run([python, *command], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        return {"error": (done.stderr or done.stdout)[-2000:]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def write(name: str, results: dict) -> Path:
     """Writes results, which hold a "stamp", to benchmarks/results/<name>-<device>.json, and says where that is."""
-    device = re.sub(r"[^a-z0-9]+", "-", results["stamp"]["device"].lower()).strip("-")
-    path = RESULTS / f"{name}-{device}.json"
+    path = result_file(name, results["stamp"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
+
+
+def result_file(name: str, stamp: dict) -> Path:
+    """Where results of that name and stamp go."""
+    device = re.sub(r"[^a-z0-9]+", "-", stamp["device"].lower()).strip("-")
+    return RESULTS / f"{name}-{device}.json"
 
 
 def _versions() -> dict[str, str]:

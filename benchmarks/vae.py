@@ -10,7 +10,6 @@ is its own. Prints a table and writes benchmarks/results/vae-<device>.json.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import stamp, time_call, write  # noqa: E402
+from benchmarks.measure import child, stamp, time_call, write  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "diffusers_vae.py"
 LAYOUTS = ("taps", "sum", "ndhwc", "ncdhw")
@@ -144,14 +143,6 @@ def measure_convolutions(arguments: argparse.Namespace) -> dict:
         cells = "  ".join(f"{k} {1e3 * v['seconds']['median']:8.2f} ms {v['tflops']:4.0f} TFLOP/s" for k, v in row.items())
         print(f"{t}x{h}x{w} {i}->{o}".ljust(24), cells, flush=True)
     return results
-
-
-def child(command: list[str]) -> dict:
-    """The last line a process prints, as JSON, or why there is none."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        return {"error": (done.stderr or done.stdout)[-2000:]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:

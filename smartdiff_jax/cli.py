@@ -224,7 +224,7 @@ def _lines(file: Path) -> list[str]:
 
 @app.command()
 def models() -> None:
-    """List the known models, and where their weights are."""
+    """List the known models: where their weights are, what has been shown of them, and their defaults."""
     from smartdiff_jax.config.model import bundled_folder, known_models
     from smartdiff_jax.config.system import SystemConfig
     from smartdiff_jax.weights.hub import is_fetched
@@ -241,6 +241,7 @@ def models() -> None:
             weights = f"{'downloaded' if here else 'downloads on first use'} from {spec.repo}" if spec.repo else "your folder"
         print(f"{spec.name}  ({spec.parameters} parameters, {weights})")
         print(f"    {spec.description}")
+        print(f"    {spec.state}")
         frames = f"{sampling.num_frames} frames at {sampling.fps} fps, " if spec.task == "t2v" else ""
         print(f"    by default {sampling.width}x{sampling.height}, {frames}{sampling.num_inference_steps} steps")
 

@@ -70,6 +70,7 @@ class ModelSpec(BaseModel):
     components: architecture numbers by component, named as in the component's `config.json`; a folder that is loaded under
         this model's name must agree with them.
     bundled: the weights are part of the package.
+    state: what has been shown of it, in a line: parity with which implementation, speed measured or not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +82,7 @@ class ModelSpec(BaseModel):
     repo: str | None = None
     bundled: bool = False
     parameters: str = ""
+    state: str = ""
     sampling: SamplingDefaults = SamplingDefaults()
     components: dict[str, dict[str, Any]] = Field(default_factory=dict)
 

@@ -39,10 +39,12 @@ Google, Apache-2.0); names from Unicode CLDR by unicode-emoji-json and emojilib 
 
 OF_CLIPS = {
     "tag": "text-to-video",
-    "about": """A very small text-to-video model of the Wan architecture (UMT5-type text encoder, causal video autoencoder, diffusion
+    "about": """\
+A very small text-to-video model of the Wan architecture (UMT5-type text encoder, causal video autoencoder, diffusion
 transformer): {frames} frames of {width}x{height} pixels at {fps} frames a second.""",
     "example": "a dog moving left on a blue background",
-    "knows": """A closed world of emoji: one picture of an animal, a thing, a food, a vehicle, a hand or a face, before a plain background.
+    "knows": """\
+A closed world of emoji: one picture of an animal, a thing, a food, a vehicle, a hand or a face, before a plain background.
 Say the subject, and if you like the style (3d, flat, cartoon), a colour ({colours}), the background ({backgrounds},
 or "red to blue"), and the motion ({motions}).
 
@@ -56,10 +58,12 @@ background or motion, that training never showed.""",
 
 OF_PICTURES = {
     "tag": "text-to-image",
-    "about": """A very small text-to-image model of the Qwen-Image architecture (Qwen2.5-type text encoder, causal autoencoder, diffusion
+    "about": """\
+A very small text-to-image model of the Qwen-Image architecture (Qwen2.5-type text encoder, causal autoencoder, diffusion
 transformer of two streams): {width}x{height} pixels.""",
     "example": "a red apple left of a cat on a blue background",
-    "knows": """A closed world of emoji: one picture of an animal, a thing, a food, a vehicle, a hand or a face before a plain background, or
+    "knows": """\
+A closed world of emoji: one picture of an animal, a thing, a food, a vehicle, a hand or a face before a plain background, or
 two of them beside each other. Say the subject, and if you like the style (3d, flat, cartoon), a colour ({colours}),
 the background ({backgrounds}, or "red to blue"), and a second subject that the
 first is left of, right of, above or below.

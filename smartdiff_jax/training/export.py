@@ -32,6 +32,8 @@ from smartdiff_jax.weights.tensor_file import write
 
 Storage = Literal["int8", "bfloat16"]
 DIFFUSERS_VERSION = "0.35.0"  # the first with everything the configs name
+
+
 def checkpoint_tensors(name: str, component: Component, params: Params, trainee: Trainee) -> dict[str, np.ndarray]:
     """The parameters of a component by checkpoint key, in the checkpoint's layout, float32; stacked ones layer by layer.
 
@@ -41,7 +43,7 @@ def checkpoint_tensors(name: str, component: Component, params: Params, trainee:
     tensors = {}
     for path, value in params.items():
         parameter = np.asarray(value, np.float32)
-        rule, template = _rule_for(component.architecture, path)
+        rule, template = rule_for(component.architecture, path)
         layers = range(len(parameter)) if "{layer}" in template else [None]
         for layer in layers:
             ours = parameter if layer is None else parameter[layer]
@@ -52,7 +54,7 @@ def checkpoint_tensors(name: str, component: Component, params: Params, trainee:
     return tensors
 
 
-def _rule_for(architecture: Architecture, path: str) -> tuple[KeyRule, str]:
+def rule_for(architecture: Architecture, path: str) -> tuple[KeyRule, str]:
     """The rule that fills a parameter, and the checkpoint's key for it, with {layer} where the layer's number goes."""
     for rule in architecture.key_rules:
         parts = re.split(r"\\g<(\w+)>", rule.path)  # text, name of a group, text, ...
@@ -70,7 +72,7 @@ def _rule_for(architecture: Architecture, path: str) -> tuple[KeyRule, str]:
 
 
 def _key_of(pattern: str, groups: Mapping[str, str]) -> str:
-    """A key that a pattern of key rules matches: named groups as given, of other alternatives the first, what may be left out."""
+    """A key that a pattern of key rules matches: named groups as given, of others the first alternative, even if optional."""
     key = ""
     while pattern:
         if pattern.startswith("("):

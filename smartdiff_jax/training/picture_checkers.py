@@ -86,9 +86,7 @@ def score(frames: UInt8[np.ndarray, "1 h w 3"], asked: PictureAttributes, galler
     }
 
 
-def _assign(
-    axis: str, parts: list[Foreground], asked: PictureAttributes, gallery: Gallery
-) -> tuple[list[Foreground], bool]:
+def _assign(axis: str, parts: list[Foreground], asked: PictureAttributes, gallery: Gallery) -> tuple[list[Foreground], bool]:
     """The parts in the order of the things, by likeness, and whether that is the asked place."""
     first, second = (_alike(parts, thing.subject, thing.colour, gallery) for thing in asked.things)
     swapped = first[1] + second[0] > first[0] + second[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
@@ -130,6 +130,7 @@ class Recipe(_Section):
             description=self.description,
             bundled=True,
             parameters=f"{parameters / 1e6:.0f} M",
+            state="trained by its recipe; scores in its card",
             sampling=self.served_as,
         )
 

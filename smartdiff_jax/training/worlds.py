@@ -1,4 +1,4 @@
-"""What a model learns: moving clips, or still pictures. What is shown, how it is told and drawn, and whether an output shows it."""
+"""What a model learns, moving clips or still pictures: what is shown, how it is told and drawn, whether an output shows it."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,12 +1,16 @@
 """Three tiers of parameters: what is known, what is refused, and how defaults are filled in."""
 
+from pathlib import Path
+
 import pytest
 
-from smartdiff_jax.config.model import SamplingDefaults, known_models, parse_spec
+from smartdiff_jax.config.model import SamplingDefaults, bundled_folder, known_models, parse_spec
 from smartdiff_jax.config.request import GenerateParams, resolve
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
 from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.models.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
 
 # name: (guidance, second guidance, shift at 480p, shift at 720p, steps, boundary), from the model cards
 CARDS = {
@@ -41,6 +45,21 @@ def test_defaults_follow_the_model_card(name):
     assert known_models()[name].sampling.boundary == boundary
     assert small.sampler == "flow_unipc" and small.num_frames == 81 and small.fps == 16
     assert "静态" in small.negative_prompt
+
+
+PARITY = {"wan": "| Wan 2.1", "flux1": "| FLUX.1 dev", "flux2-klein": "| FLUX.2 klein", "qwen-image": "| Qwen-Image",
+          "z-image": "| Z-Image, Turbo"}  # rows of docs/parity.md  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", known_models().values(), ids=lambda spec: spec.name)
+def test_the_state_of_a_model_is_what_the_records_say(spec):
+    if spec.bundled:
+        assert (bundled_folder(spec.name) / "README.md").is_file() and "card" in spec.state
+        return
+    assert "parity" in spec.state and PARITY[spec.family] in (ROOT / "docs" / "parity.md").read_text()
+    folder = ROOT / "benchmarks" / "results"
+    results = [file.read_text() for what in ("denoise", "images") for file in folder.glob(f"{what}-nvidia-*.json")]
+    assert ("speed measured" in spec.state) == any(f'"{spec.name}' in text for text in results)
 
 
 @pytest.mark.parametrize("name", list(known_models()))

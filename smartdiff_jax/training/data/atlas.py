@@ -7,7 +7,7 @@ animated pack animates. `world.json` beside this file says which hands and faces
 
 Everything is cropped to what is drawn and fitted into a square (72 pixels for video) with a 2-pixel border, so a sprite's side
 is the subject's longest side. The file keeps straight-alpha WebP bytes (about 16 MB); `load` decodes them to premultiplied
-RGBA, which is what a correct bilinear blend needs. An atlas for pictures has larger sprites, of the same subjects, and no clips.
+RGBA, which is what a correct bilinear blend needs. An atlas for pictures has larger sprites of the same subjects, and no clips.
 """
 
 import io
@@ -263,7 +263,9 @@ def load(path: Path) -> Atlas:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(arrays["meta"].tobytes())
     if meta["format"] != FORMAT:
-        raise InvalidConfig(str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --stage prepare`")
+        raise InvalidConfig(
+            str(path), meta["format"], f"this version reads format {FORMAT}; run `smartdiff train --stage prepare`"
+        )
     side, frames = meta["side"], meta["frames"]
     sprites = _decode(arrays["sprites"], arrays["sprite_ends"])
     clips = _decode(arrays["clips"], arrays["clip_ends"])

@@ -1,8 +1,9 @@
 """Chooses what moving scenes show, and captions them: subject, style, object colour, background and motion.
 
 The pairs (subject, background), (subject, colour) and (subject, motion) in `held_out.json` are never chosen for training; they
-and the held-out wordings measure generalisation (a fourth kind, subject and relation, belongs to `pictures`). Choices that nobody could check by eye are avoided too: a sprite on a
-background of its own colour, a spinning ball without marks, a second colour word on a "green apple".
+and the held-out wordings measure generalisation (a fourth kind, subject and relation, belongs to `pictures`). Choices that
+nobody could check by eye are avoided too: a sprite on a background of its own colour, a spinning ball without marks, a second
+colour word on a "green apple".
 
 Everything is deterministic in the NumPy generator given.
 """
@@ -129,7 +130,11 @@ class Rules:
         self.colour_visible = far > 0.45
 
     def grounds(
-        self, sprite: Int[np.ndarray, " n"], subject: Int[np.ndarray, " n"], colour: Int[np.ndarray, " n"], keep_out: bool = True
+        self,
+        sprite: Int[np.ndarray, " n"],
+        subject: Int[np.ndarray, " n"],
+        colour: Int[np.ndarray, " n"],
+        keep_out: bool = True,
     ) -> Bool[np.ndarray, "n grounds"]:
         """The backgrounds that each sprite can be seen on and, with `keep_out`, is not held out on."""
         seen = np.where((colour < 0)[:, None], self.visible[sprite], self.colour_visible[colour])

@@ -90,9 +90,7 @@ class PictureAttributes:
 class PictureCaptioner:
     """Draws choices and captions for one atlas; drawing is vectorised."""
 
-    def __init__(
-        self, atlas: Atlas, mix: PictureMix = PictureMix(), held_out: Mapping[str, Mapping[str, str]] | None = None
-    ):
+    def __init__(self, atlas: Atlas, mix: PictureMix = PictureMix(), held_out: Mapping[str, Mapping[str, str]] | None = None):
         self.atlas, self.mix, self.rules = atlas, mix, Rules(atlas, held_out)
 
     def choose(self, n: int, rng: np.random.Generator) -> PictureChoice:
@@ -150,7 +148,9 @@ class PictureCaptioner:
             side = np.where(alone, large, between(0.36, 0.44))
             sprites.append(
                 Sprite(
-                    image=np.maximum(self.atlas.sprite_index[choice.subject[:, which], choice.style], 0)[:, None].astype(np.int32),
+                    image=np.maximum(self.atlas.sprite_index[choice.subject[:, which], choice.style], 0)[:, None].astype(
+                        np.int32
+                    ),
                     centre=np.where(alone, middle if which == 0 else NOWHERE, apart)[:, None].astype(np.float32),
                     side=side.astype(np.float32),
                     angle=np.zeros((n, 1), np.float32),
@@ -235,8 +235,8 @@ def sentence(
     wording: Wording = TRAINING,
     drop: bool = True,
 ) -> str:
-    """One caption of `shown`. With `drop`, a synonym may stand for a name, and words that may be omitted sometimes are: the style
-    if it is 3d, the background, the articles."""
+    """One caption of `shown`. With `drop`, a synonym may stand for a name, and words that may be omitted sometimes are: the
+    style if it is 3d, the background, the articles."""
     style_before, style_after = style_words(shown.style, dice, wording, drop)
     heads = []
     for index, thing in enumerate(shown.things):

@@ -2,8 +2,9 @@
 
 `Director.batch` gives captions and `Scene` arrays for a batch; `render` turns the arrays into video. A frame is
     alpha * sprite(A(p)) + (1 - alpha) * background(y)
-(one sprite drawn after the other where there are several) with one bilinear look-up of premultiplied colour under the inverse of the affine map A of centre, side and angle. A sprite
-and a frame of a clip are rows of the same packed array, so an animated scene only changes its row from frame to frame.
+(one sprite drawn after the other where there are several) with one bilinear look-up of premultiplied colour under the inverse
+of the affine map A of centre, side and angle. A sprite and a frame of a clip are rows of the same packed array, so an animated
+scene only changes its row from frame to frame.
 
 Coordinates are fractions of the frame (x right, y down); angles are radians, clockwise as seen.
 """
@@ -156,7 +157,7 @@ def _tinted(alpha, rgb, tint):
 def render(
     bank: UInt32[Array, "images side side"], scene: Scene, height: int = 96, width: int = 96
 ) -> Float[Array, "b t height width 3"]:
-    """Draws a batch of scenes in [-1, 1]. Pure, so it can be traced inside a training step; a sprite's side is of the height."""
+    """Draws a batch of scenes in [-1, 1]. Pure, for use inside a training step; a sprite's side is of the height."""
     down = ((jnp.arange(height) + 0.5) / height)[None, None, :, None]
     top_rgb, bottom_rgb = ([scene.ground[:, i, c, None, None, None] for c in range(3)] for i in (0, 1))
     frame = [a + (b - a) * down for a, b in zip(top_rgb, bottom_rgb, strict=True)]

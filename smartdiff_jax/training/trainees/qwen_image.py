@@ -52,7 +52,7 @@ def neighbour_biases(params: Params, config: Any) -> Params:
     head_dim, heads = config.head_dim, config.num_attention_heads
     half, groups = head_dim // 2, heads // config.num_key_value_heads
     frequencies = config.rope_theta ** (-np.arange(half) / half)
-    fast = np.arange(half) < FASTEST
+    fast = (np.arange(half) < FASTEST).astype(float)
     amplitude = math.sqrt(NEIGHBOUR_LOGIT * math.sqrt(head_dim) / fast.sum())
     q_name, k_name = (f"{TEXT_ENCODER}blocks.attention.{name}.bias" for name in ("q", "k"))
     layers = params[q_name].shape[0]
