@@ -25,6 +25,7 @@ from smartdiff_jax.models.modules import HeldModules, module_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
+from smartdiff_jax.stages.cache_memory import check_fits
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
 
 CHUNK_SECONDS = 0.5
@@ -93,7 +94,9 @@ class DenoiseLoop:
             return jax.tree.leaves(self._run(weights, jax.tree.unflatten(structures[0], leaves), *rest))
 
         structures: list[Any] = []
-        placements = self._layout.carry(jax.eval_shape(start, *arguments), arguments[1].shape[1])
+        shapes = jax.eval_shape(start, *arguments)
+        placements = self._layout.carry(shapes, arguments[1].shape[1])
+        check_fits(arguments[3], shapes, placements, self._layout.mesh)
         jit_start = jit_in(self._dtype, start, out_shardings=placements)
         jit_run = jit_in(self._dtype, run, donate_argnums=1, out_shardings=placements)
         return (
