@@ -1,4 +1,4 @@
-"""PAB: what is inside its conditionals, its rule for either kind of attention, meshes, and what it says where memory is short."""
+"""PAB: what is inside its conditionals, which modules models have, meshes, and what it says where memory is short."""
 
 import functools
 
