@@ -120,7 +120,8 @@ class DenoiseLoop:
         def like_blocks():
             one = as_batch(jax.tree.map(lambda leaf: leaf[:width], branches), tokens.shape[0])
             hidden, context = model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)
-            return policy.init_stack(_Stack(model, self._attend, hidden, context))
+            stack: Any = _Stack(model, self._attend, hidden, context)
+            return policy.init_stack(stack)
 
         of_blocks, of_step = jax.eval_shape(like_blocks), jax.eval_shape(policy.init_step, tokens)
         return DenoiseCarry(
