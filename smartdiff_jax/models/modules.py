@@ -67,14 +67,34 @@ def scan_attending(blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T,
     return scan_blocks(blocks, lo, hi, lambda block, hidden: call(block, hidden, attend), hidden)
 
 
-class HeldModules:
+class _Wrapped:
+    """An `Attend` that attends as another one does."""
+
+    def __init__(self, attend: Attend):
+        self._attend = attend
+
+    def self_attention(self, tokens):
+        return self._attend.self_attention(tokens)
+
+    def cross_attention(self, q, k, v, *, text_length=None):
+        return self._attend.cross_attention(q, k, v, text_length=text_length)
+
+    def text_attention(self, text, *, text_length=None):
+        return self._attend.text_attention(text, text_length=text_length)
+
+    def joint_attention(self, tokens, text, *, text_length=None):
+        return self._attend.joint_attention(tokens, text, text_length=text_length)
+
+
+class HeldModules(_Wrapped):
     """An `Attend` for one call of `Denoiser.run_blocks` over all blocks, and no longer: it lives while that is traced.
 
     held: what was remembered at the step before. `after`: what is remembered now, once all blocks were run.
     """
 
     def __init__(self, attend: Attend, around: Around, held: Held):
-        self._attend, self._around, self._held = attend, around, held
+        super().__init__(attend)
+        self._around, self._held = around, held
         self.after: Held = ()
 
     def scan(self, blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T, Any], T], hidden: T) -> T:
@@ -99,19 +119,17 @@ def module_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     return recorder.shapes
 
 
-class _BlockAttend:
+class _BlockAttend(_Wrapped):
     """The `Attend` of one block. held: of each of its modules, what it gave last."""
 
     def __init__(self, attend: Attend, around: Around, held: Mapping[str, Out]):
-        self._attend, self._around = attend, around
+        super().__init__(attend)
+        self._around = around
         self.held = dict(held)
 
     def module(self, name: str, compute: Callable[[], Out]) -> Out:
         self.held[name] = self._around(name, self.held.get(name), compute)
         return self.held[name]
-
-    def __getattr__(self, way: str) -> Any:
-        return getattr(self._attend, way)
 
 
 class _Recorder(HeldModules):

@@ -225,7 +225,7 @@ class ZImageBlock(nnx.Module):
         time: Float[Array, "b t"],
         attention: Callable[[Callable[[], Any]], tuple[Float[Array, "b _ d"], ...]],
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        """streams, each with its rotary table; `attention` takes what gives the QKV of each, and returns what each attended to."""
+        """streams, each with its rotary table. attention: takes what gives each one's QKV, returns what each attended to."""
         with jax.named_scope("modulation"):
             of_attention, of_feed_forward = self.modulations(time)
         with jax.named_scope("attention"):
@@ -270,8 +270,7 @@ class ZImageRefiner(nnx.Module):
 
         def of_caption(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
             length = context.caption_length
-            attended = lambda: side_by_side(attend.text_attention(*qkv(), text_length=length))  # noqa: E731
-            return (module(attend, "text_attention", attended),)
+            return (module(attend, "text_attention", lambda: side_by_side(attend.text_attention(*qkv(), text_length=length))),)
 
         with jax.named_scope("image_refiner"):
             if size:
@@ -355,13 +354,15 @@ class ZImageTransformer(nnx.Module):
         first = self.num_refiners
         length = None if context.caption_length is None else context.caption_length + context.filling
 
+        def refine(block: ZImageRefiner, hidden: Streams, attend: Attend) -> Streams:
+            return block(hidden, context, attend)
+
         def single_stream(block: ZImageBlock, hidden: Streams, attend: Attend) -> Streams:
             attention = partial(joint_attention, attend, text_length=length)
             tokens, text = block(hidden, (context.rope, context.text_rope), context.time, attention)
             return tokens, text
 
         if lo < min(hi, first):
-            refine = lambda block, x, attend: block(x, context, attend)  # noqa: E731
             hidden = scan_attending(self.refiners, lo, min(hi, first), refine, hidden, attend)
         if max(lo, first) < hi:
             hidden = scan_attending(self.blocks, max(lo, first) - first, hi - first, single_stream, hidden, attend)

@@ -25,6 +25,7 @@ from smartdiff_jax.models.modules import HeldModules, module_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
+from smartdiff_jax.stages.cache_memory import check_fits
 from smartdiff_jax.stages.checkpoint import Checkpoint, restore
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
 
@@ -106,7 +107,9 @@ class DenoiseLoop:
             return jax.tree.leaves(self._run(weights, jax.tree.unflatten(structures[0], leaves), *rest))
 
         structures: list[Any] = []
-        placements = self._layout.carry(jax.eval_shape(start, *arguments), arguments[1].shape[1])
+        shapes = jax.eval_shape(start, *arguments)
+        placements = self._layout.carry(shapes, arguments[1].shape[1])
+        check_fits(arguments[3], shapes, placements, self._layout.mesh)
         jit_start = jit_in(self._dtype, start, out_shardings=placements)
         jit_run = jit_in(self._dtype, run, donate_argnums=1, out_shardings=placements)
         return (
@@ -130,7 +133,8 @@ class DenoiseLoop:
         def like_blocks():
             one = as_batch(jax.tree.map(lambda leaf: leaf[:width], branches), tokens.shape[0])
             hidden, context = model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)
-            return policy.init_stack(_Stack(model, self._attend, hidden, context))
+            stack: Any = _Stack(model, self._attend, hidden, context)
+            return policy.init_stack(stack)
 
         of_blocks, of_step = jax.eval_shape(like_blocks), jax.eval_shape(policy.init_step, tokens)
         return DenoiseCarry(

@@ -47,6 +47,21 @@ class ToyStack:
         added = self.parts[lo:hi].sum(axis=0)
         return (hidden[0] + added, hidden[1] - added[:, :1]) if isinstance(hidden, tuple) else hidden + added
 
+    def modules(self):
+        return ({"self_attention": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.parts)},)
+
+    def run_modules(self, around, held):
+        """Each block's part is what its only module gives."""
+
+        def block(hidden, own):
+            part, held = own
+            part = around("self_attention", held, lambda: part)
+            hidden = (hidden[0] + part, hidden[1] - part[:, :1]) if isinstance(hidden, tuple) else hidden + part
+            return hidden, part
+
+        hidden, parts = jax.lax.scan(block, self.hidden, (self.parts, held[0]["self_attention"]))
+        return hidden, ({"self_attention": parts},)
+
     def modulated_input(self):
         return self.hidden[0] if isinstance(self.hidden, tuple) else self.hidden
 
@@ -67,12 +82,13 @@ class Toy:
         def at(index):
             return jax.tree.map(lambda leaf: leaf[index], stacks)
 
-        memory = policy.init_blocks(jax.tree.map(jnp.zeros_like, at(0).hidden))
+        memory = policy.init_stack(at(0))
 
         def body(index, carry):
             memory, outs, executed = carry
             changed = (index == first) & (first > 0)
-            step = Step(index, num_steps, jnp.zeros(MAX_STEPS + 1), jnp.float32(0), changed, token_weights)
+            timestep = 1000.0 * (num_steps - index) / (num_steps + 1)
+            step = Step(index, num_steps, jnp.zeros(MAX_STEPS + 1), timestep, changed, token_weights)
             out, memory, computed = policy.blocks(memory, step, at(index))
             outs = jax.tree.map(lambda leaf, new: leaf.at[index].set(new), outs, out)
             return memory, outs, executed.at[index].set(computed)

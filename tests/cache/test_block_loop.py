@@ -28,6 +28,7 @@ SETTINGS = {
     "dbcache": tuple(dict(threshold=t, warmup=2, first_blocks=1, last_blocks=1, order=1) for t in (0.0, 0.35)),
     "blockdance": (dict(group=1, block=1), dict(group=3, block=1)),
     "taylorseer": (dict(interval=1), dict(interval=4)),
+    "pab": (dict(self_interval=1, cross_interval=1), dict(self_interval=3, cross_interval=4)),
 }
 
 
@@ -108,8 +109,8 @@ def test_an_expert_switch_is_computed_and_forgets(sequential):
     assert np.array_equal(*ends)
 
 
-@pytest.mark.parametrize("name", ["teacache", "dbcache"])
-def test_xla_keeps_one_conditional_and_selects_no_hidden_states(name, batched):
+@pytest.mark.parametrize("name, conditionals", [("teacache", 1), ("dbcache", 1), ("pab", 2)])
+def test_xla_keeps_one_conditional_a_site_and_selects_no_hidden_states(name, conditionals, batched):
     policy, loop = create(name, **SETTINGS[name][1]), batched.loop
     carry = loop._start(batched.weights, batched.tokens, batched.branches, policy, FlowEuler())
     steps = jnp.int32(0), jnp.int32(9), jnp.int32(0)
@@ -117,10 +118,11 @@ def test_xla_keeps_one_conditional_and_selects_no_hidden_states(name, batched):
     leaves, structure = jax.tree.flatten((batched.weights, carry, *arguments))
     lowered = jax.jit(lambda leaves: loop._run(*jax.tree.unflatten(structure, leaves))).lower(leaves)
     operations = Counter(re.findall(r"= \"?stablehlo\.(\w+)", lowered.as_text()))
-    assert operations["case"] + operations["if"] == 1
+    assert operations["case"] + operations["if"] == conditionals
     compiled = lowered.compile(**FAST_COMPILE).as_text()
-    assert len(re.findall(r"\) conditional\(", compiled)) == 1
-    hidden = ",".join(str(size) for size in carry.cache_state[0].anchors.values.shape[-2:])
+    assert len(re.findall(r"\) conditional\(", compiled)) == conditionals
+    stream = next(leaf for leaf in jax.tree.leaves(carry.cache_state[0]) if leaf.ndim > 3)
+    hidden = ",".join(str(size) for size in stream.shape[-2:])
     selects = re.findall(r"\[([\d,]*)\]\S* select\(", compiled)
     assert not [shape for shape in selects if shape.endswith(hidden)]
     # In the branch that reuses, the memory passes through: nothing of its size is copied.

@@ -1,6 +1,7 @@
-"""Which steps are computed, and what comes out, against diffusers' cache hooks (golden/make_block_caches.py)."""
+"""Which steps are computed, and what comes out, against diffusers' cache hooks (golden/make_block_caches.py, make_pab.py)."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +54,19 @@ def test_equals_diffusers_hooks(tiny):
             golden = tiny.patches.pack(golden if golden.ndim == 5 else golden[:, :, None])
             assert relative_error(tokens, golden) < 2e-5, case
     assert len(cases) == 18 and skipped > 60
+
+
+def test_pab_equals_diffusers_hooks(tiny):
+    golden = np.load(Path(__file__).parents[1] / "golden" / "cache_pab.npz")
+    name = "cache_flux1" if "pooled" in tiny.arrays else "cache_wan"
+    cases, strings = (json.loads(str(golden[key])) for key in ("cases", "strings"))
+    for number, numbers in enumerate(cases[name]):
+        tokens, found = tiny(POLICIES["pab"].create(STEPS, {}, **numbers))
+        of_modules = strings[f"{name}/{number}"]
+        assert set(found) == {"".join("F" if set(step) == {"F"} else "." for step in zip(*of_modules, strict=True))}
+        out = jnp.asarray(golden[f"{name}/{number}/out"])
+        out = tiny.patches.pack(out if out.ndim == 5 else out[:, :, None])
+        assert relative_error(tokens, out) < 2e-5, numbers
 
 
 def test_taylorseer_computes_the_published_steps():

@@ -28,6 +28,7 @@ NEVER_SKIPS = {
     "dbcache": dict(threshold=0.0, first_blocks=3, last_blocks=2, order=1),
     "blockdance": dict(group=1),
     "taylorseer": dict(interval=1),
+    "pab": dict(self_interval=1),
 }
 SKIPS = {
     "teacache": dict(threshold=1.5),
@@ -36,6 +37,7 @@ SKIPS = {
     "dbcache": dict(threshold=0.8, first_blocks=3, last_blocks=2, order=1, warmup=2),
     "blockdance": dict(group=3, block=7),
     "taylorseer": dict(interval=4, order=2),
+    "pab": dict(self_interval=4, min_timestep=0, max_timestep=1000),
 }
 
 
@@ -97,6 +99,9 @@ def test_hundreds_of_settings_share_one_trace(name):
         "dbcache": lambda: dict(threshold=rng.rand(), predictor=rng.choice(["taylor", "newton"])),
         "blockdance": lambda: dict(group=rng.randint(1, 6), start=rng.rand() / 2, end=0.5 + rng.rand() / 2),
         "taylorseer": lambda: dict(interval=rng.randint(1, 9), predictor=rng.choice(["taylor", "newton"])),
+        "pab": lambda: dict(
+            self_interval=rng.randint(1, 9), max_timestep=rng.randint(500, 1000), min_timestep=rng.rand() * 500
+        ),
     }
     strings = set()
     for _ in range(200):
@@ -312,6 +317,8 @@ def test_dbcache_corrects_with_the_last_blocks(toy):
         ("dbcache", dict(predictor="foca"), ["cache_params.predictor='foca'", "newton"]),
         ("blockdance", dict(start=0.9, end=0.5), ["cache_params", "start=0.9", "end=0.5"]),
         ("taylorseer", dict(interval=0), ["cache_params.interval=0"]),
+        ("pab", dict(self_interval=0), ["cache_params.self_interval=0"]),
+        ("pab", dict(min_timestep=300, max_timestep=200), ["min_timestep=300", "max_timestep=200"]),
         ("taylorseer", dict(mask=[1] * 39), ["cache_params.mask", "each of the 40 steps"]),
         ("taylorseer", dict(mask=[2] * 40), ["cache_params.mask.0=2"]),
         ("taylorseer", dict(max_skips_in_row=-1), ["cache_params.max_skips_in_row=-1"]),
