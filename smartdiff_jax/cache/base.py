@@ -70,6 +70,7 @@ class StandIn:
     predict: Callable[[Float[Array, "b s p"]], Float[Array, "b s p"]]
 
 
+@runtime_checkable
 class Evaluate(Protocol):
     """One evaluation of the model, from the state of the blocks.
 
