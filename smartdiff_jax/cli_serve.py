@@ -1,5 +1,6 @@
 """`smartdiff serve`, and the commands that talk to it: submit, jobs, cancel; and `key`."""
 
+import contextlib
 import logging
 import socket
 import sys
@@ -82,7 +83,8 @@ def serve(
     listening = _listen(service.host, service.port)
     address = f"[{service.host}]" if ":" in service.host else service.host
     log.info("listening on http://%s:%d", address, listening.getsockname()[1])
-    server.run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once more when all is saved
+        server.run(sockets=[listening])
     for failure in failures:
         raise failure if isinstance(failure, SmartdiffError) else SmartdiffError(f"{type(failure).__name__}: {failure}")
 

@@ -23,7 +23,6 @@ THUMBNAIL = "thumbnail.webp"
 T = TypeVar("T")
 
 log = logging.getLogger("smartdiff")
-updated = dataclasses.replace
 
 
 def write_results(artifacts: Artifacts, job: Job, output: GenerateOutput) -> list[str]:

@@ -9,6 +9,7 @@ Only the device thread advances a job past its text. A job that fails, fails alo
 """
 
 import concurrent.futures
+import dataclasses
 import logging
 import secrets
 import threading
@@ -124,7 +125,7 @@ class Engine:
         if run is not None and job.state == "running":
             progress = run.progress
             values = {"stage": progress.stage, "done": progress.done, "total": progress.total}
-            job = deliver.updated(job, previews_made=run.previews_made, device_seconds=run.device_seconds, **values)
+            job = dataclasses.replace(job, previews_made=run.previews_made, device_seconds=run.device_seconds, **values)
         return job, None if job.is_final else self._forecast.get(job.id)
 
     def backlog(self) -> float:
@@ -253,8 +254,12 @@ class Engine:
             self._writers.submit(self._deliver, run, lap.event)
         elif isinstance(lap.event, Pause):
             if lap.event.preview is not None:
+                began = time.perf_counter()
+                picture = lap.event.preview()
+                with self._turn:
+                    self._scheduler.charge(job.id, time.perf_counter() - began)
                 run.previews_made += 1
-                picture, name = lap.event.preview(), f"preview-{run.previews_made}.webp"
+                name = f"preview-{run.previews_made}.webp"
                 self._writers.submit(self._in_background, deliver.write_picture, self.artifacts, job.id, name, picture)
             if run.device_seconds - run.saved_at >= self.config.checkpoint_seconds and not run.saving:
                 run.saving, run.saved_at = True, run.device_seconds
@@ -311,7 +316,13 @@ class Engine:
         told = deliver.told(error)
         log.error("%s failed: %s", run.job.id, told["message"], exc_info=error if told["code"] == "internal_error" else None)
         run.close()
-        self._end(run, "failed", counted=counted, error=told)
+        if counted:
+            self._end(run, "failed", counted=True, error=told)
+            return
+        with self._turn:
+            run.ready = False
+            self._scheduler.remove(run.job.id)
+        self._writers.submit(self._end, run, "failed", error=told)  # the store may be slow, the device must not wait
 
     def _drop(self, run: Run) -> None:
         """A run that is cancelled, or another's by now."""
@@ -365,7 +376,7 @@ class Engine:
         if not self._runs:
             return
         known = list(self._runs)
-        mine = self.store.heartbeat(self.name)
+        mine = self.store.heartbeat(self.name, known)
         with self._turn:
             for job_id in known:
                 if (run := self._runs.get(job_id)) is None or run.progress.stage == "media":
@@ -376,15 +387,16 @@ class Engine:
                 cancelled, priority = mine[job_id]
                 run.cancelled |= cancelled
                 if priority != run.job.priority and job_id in self._scheduler:
-                    run.job = deliver.updated(run.job, priority=priority, device_seconds=run.device_seconds)
+                    run.job = dataclasses.replace(run.job, priority=priority, device_seconds=run.device_seconds)
                     self._scheduler.put(self._entry(run.job))
             self._turn.notify_all()
 
     def _refresh(self) -> None:
         """What the store has waiting."""
+        known = set(self._waiting)  # what is offered meanwhile is not gone
         found = {job.id: job for job in self.store.waiting() if job.model in self.pipelines}
         with self._turn:
-            for gone in self._waiting.keys() - found.keys():
+            for gone in known & self._waiting.keys() - found.keys():
                 self._waiting.pop(gone)
                 self._scheduler.remove(gone)
             for job in found.values():

@@ -180,9 +180,9 @@ class JobStore:
                 return None
             return _job(connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one())
 
-    def heartbeat(self, engine: str) -> dict[str, tuple[bool, Priority]]:
-        """Renew the leases of an engine's jobs; returns them, and of each whether it is to be cancelled, and its priority."""
-        mine = (jobs.c.engine == engine) & (jobs.c.state == "running")
+    def heartbeat(self, engine: str, ids: Collection[str]) -> dict[str, tuple[bool, Priority]]:
+        """Renew the leases of these; returns those that are the engine's, and whether each is to be cancelled, its priority."""
+        mine = (jobs.c.engine == engine) & (jobs.c.state == "running") & jobs.c.id.in_(ids)
         with self._db.begin() as connection:
             connection.execute(jobs.update().where(mine).values(lease_until=self._clock() + LEASE_SECONDS))
             rows = connection.execute(sa.select(jobs.c.id, jobs.c.cancel_requested, jobs.c.priority).where(mine))

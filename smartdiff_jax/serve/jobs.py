@@ -19,12 +19,12 @@ from smartdiff_jax.serve.service import Service
 router = APIRouter(tags=["jobs"])
 
 
-def the_service(request: Request) -> Service:
+async def the_service(request: Request) -> Service:
     return request.app.state.service
 
 
-def the_caller(request: Request) -> ApiKey:
-    return the_service(request).caller(request)
+async def the_caller(request: Request) -> ApiKey:
+    return request.app.state.service.caller(request)
 
 
 ServiceOf = Annotated[Service, Depends(the_service)]

@@ -124,12 +124,12 @@ def test_a_silent_engine_loses_its_jobs_and_a_living_one_keeps_them(store, clock
     dead, alive = submit(store, clock), submit(store, clock)
     store.claim(dead.id, "dead"), store.claim(alive.id, "alive")
     clock.now += LEASE_SECONDS * 0.7
-    assert store.heartbeat("alive") == {alive.id: (False, "normal")}
+    assert store.heartbeat("alive", [alive.id, dead.id]) == {alive.id: (False, "normal")}
     clock.now += LEASE_SECONDS * 0.7
     assert [job.id for job in store.waiting()] == [dead.id]
     assert store.claim(dead.id, "alive").attempts == 2
     # what the silent one says when it wakes up counts no more
-    assert store.heartbeat("dead") == {} and not store.progress(dead.id, "dead", done=4)
+    assert store.heartbeat("dead", [dead.id]) == {} and not store.progress(dead.id, "dead", done=4)
     assert not store.finish(dead.id, "dead", "succeeded") and not store.release(dead.id, "dead")
     assert store.finish(dead.id, "alive", "succeeded")
 
@@ -149,7 +149,9 @@ def test_cancel_reaches_each_state(store, clock):
     queued, running, orphan = (submit(store, clock) for _ in range(3))
     assert store.cancel(queued.id).state == "cancelled"
     store.claim(running.id, "one")
-    assert store.cancel(running.id).state == "running" and store.heartbeat("one") == {running.id: (True, "normal")}
+    assert store.cancel(running.id).state == "running" and store.heartbeat("one", [running.id]) == {
+        running.id: (True, "normal")
+    }
     assert store.finish(running.id, "one", "cancelled")
     store.claim(orphan.id, "dead"), store.cancel(orphan.id)
     clock.now += LEASE_SECONDS + 1
@@ -201,7 +203,9 @@ def test_a_forgotten_job_is_gone_at_once_and_swept_when_it_has_ended(store, cloc
     job = submit(store, clock)
     store.claim(job.id, "one")
     store.forget(job.id)
-    assert store.get(job.id) is None and store.expired() == [] and store.heartbeat("one") == {job.id: (True, "normal")}
+    assert (
+        store.get(job.id) is None and store.expired() == [] and store.heartbeat("one", [job.id]) == {job.id: (True, "normal")}
+    )
     store.finish(job.id, "one", "cancelled")
     assert store.expired() == [job.id]
 

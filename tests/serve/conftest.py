@@ -36,6 +36,7 @@ def server(model, config, tmp_path_factory):
     server = start(model, config, tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
 
 
 @pytest.fixture
