@@ -25,6 +25,7 @@ from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
+from smartdiff_jax.weights.residency import Held
 
 CHUNK_SECONDS = 0.5
 MAX_CHUNK = 8
@@ -49,7 +50,7 @@ class DenoiseCarry:
 class Expert:
     """A set of denoiser weights and the steps [first, last) it is used for."""
 
-    weights: Any
+    weights: Held
     first: int
     last: int
 
@@ -218,28 +219,30 @@ def denoise(
     model (bounds are traced: any length costs nothing).
     """
     num_steps = int(schedule.num_steps)
-    start, run = loop.functions(experts[0].weights, tokens, branches, policy, sampler)
-    carry = start(experts[0].weights, tokens, branches, policy, sampler)
+    with experts[0].weights.use() as weights:
+        start, run = loop.functions(weights, tokens, branches, policy, sampler)
+        carry = start(weights, tokens, branches, policy, sampler)
     length = chunk or 1
     for expert in experts:
         lo = expert.first
         while lo < expert.last:
             hi = min(lo + length, expert.last)
             began = time.perf_counter()
-            carry = run(
-                expert.weights,
-                carry,
-                branches,
-                schedule,
-                guidance_scale,
-                policy,
-                sampler,
-                np.int32(lo),
-                np.int32(hi),
-                np.int32(expert.first),
-                None if num_tokens is None else np.int32(num_tokens),
-            )
-            carry.tokens.block_until_ready()
+            with expert.weights.use() as weights:
+                carry = run(
+                    weights,
+                    carry,
+                    branches,
+                    schedule,
+                    guidance_scale,
+                    policy,
+                    sampler,
+                    np.int32(lo),
+                    np.int32(hi),
+                    np.int32(expert.first),
+                    None if num_tokens is None else np.int32(num_tokens),
+                )
+                carry.tokens.block_until_ready()
             if chunk is None and lo > 0:
                 per_step = (time.perf_counter() - began) / (hi - lo)
                 length = min(max(1, int(CHUNK_SECONDS / per_step)), MAX_CHUNK)
@@ -248,7 +251,7 @@ def denoise(
     yield carry
 
 
-def split_experts(weights: list[Any], timesteps: np.ndarray, num_steps: int, boundary: float | None) -> list[Expert]:
+def split_experts(weights: list[Held], timesteps: np.ndarray, num_steps: int, boundary: float | None) -> list[Expert]:
     """Which steps each set of weights serves: the high-noise expert while timestep >= boundary * 1000 (Wan 2.2).
 
     weights: one denoiser, or [high noise, low noise].
