@@ -15,7 +15,8 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A known name, or a fo
 Size = Annotated[
     str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES, of pictures WIDTHxHEIGHT.", show_default="the model's default")
 ]
-Memory = Annotated[float, typer.Option(help="GB of one device.", min=0.1)]
+Memory = Annotated[float, typer.Option(help="GB of one device, as it is sold: of 2^30 bytes.", min=0.1)]
+CARD_GB = 2**30
 SHOWN = 4
 """Meshes besides the best that a proposal names."""
 
@@ -41,7 +42,9 @@ def check(
     dtype = "bfloat16" if system.dtype == "auto" else system.dtype
     work = workload(outline(model, jnp.dtype(dtype)), size)
     batched = system.guidance == "batched"
-    plan, single = (plan_mesh(work, mesh, batched=batched) for mesh in (system.mesh, MeshConfig()))
+    plan, single = (
+        plan_mesh(work, mesh, batched=batched, residency=system.residency) for mesh in (system.mesh, MeshConfig())
+    )
     for label, text in describe_plan(work, plan, single, dtype, memory):
         print(f"{label:<22}{text}".rstrip())
 
@@ -56,10 +59,10 @@ def plan(
 ) -> None:
     """Print the fastest mesh that fits as a YAML file, and why as comments in it."""
     from smartdiff_jax.engine.planning import outline, workload
-    from smartdiff_jax.sharding.plan import GB, propose
+    from smartdiff_jax.sharding.plan import propose
 
     work = workload(outline(model), size)
-    proposal = propose(work, devices, round(memory * GB), outputs=outputs)
+    proposal = propose(work, devices, round(memory * CARD_GB), outputs=outputs)
     for line in describe_proposal(work, proposal, memory, outputs):
         print(f"# {line}")
     print("mesh:")
@@ -84,12 +87,15 @@ def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, me
         ("heads", f"{plan.heads_per_device} of {work.num_heads} a device, in attention"),
         ("memory of a device", f"{plan.peak / GB:.2f} GB at most; {_fits(plan, memory)}"),
     ]
+    alternative = "or " if plan.residency == "stage" else ""
     parts = {
-        **plan.weights,
+        **{f"{alternative}{name}": size for name, size in plan.weights.items()},
         "reserved": plan.reserved,
         "or while denoising": plan.denoising,
         "or while decoding": plan.decoding,
     }
+    if plan.residency == "stage":
+        rows.append(("", "one component at a time, the others in pinned host memory"))
     rows += [(f"  {name}", f"{size / GB:8.2f} GB") for name, size in parts.items()]
     rows.append(("sent by a device", f"{sum(plan.traffic.values()) / 1e6:,.1f} MB a step"))
     rows += [(f"  {name}", f"{size / 1e6:8,.1f} MB") for name, size in plan.traffic.items()]
@@ -133,4 +139,5 @@ def _ms(seconds: float) -> str:
 def _fits(plan: "Plan", memory: float) -> str:
     from smartdiff_jax.sharding.plan import GB
 
-    return f"fits {memory:g} GB" if plan.peak <= memory * GB else f"does not fit {memory:g} GB"
+    card = f"{memory:g} GB, a card of {memory * CARD_GB / GB:.2f}"
+    return f"fits {card}" if plan.peak <= memory * CARD_GB else f"does not fit {card}"

@@ -39,6 +39,7 @@ class SystemConfig(BaseModel):
     dtype: of weights and activations; "auto" is bfloat16 on a GPU and float32 elsewhere. float32 means all of it.
     attention: a kernel by name, or "auto" for the fastest that serves each shape.
     guidance: how the two branches of classifier-free guidance run on one device: one after the other, or as a batch of two.
+    residency: "all" keeps every component on the devices; "stage" only the one in use, the others in pinned host memory.
     cache_dir: converted weights, downloads and compiled executables are kept here.
     service: of `smartdiff serve`.
     """
@@ -49,6 +50,7 @@ class SystemConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: str = "auto"
     guidance: Literal["sequential", "batched"] = "sequential"
+    residency: Literal["all", "stage"] = "all"
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "smartdiff")
     service: ServiceConfig = ServiceConfig()
 

@@ -29,6 +29,7 @@ from smartdiff_jax.sharding.weights import ShardingFor, weight_sharding
 from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
 from smartdiff_jax.weights.hub import fetch
+from smartdiff_jax.weights.residency import at_rest
 from smartdiff_jax.weights.store import WeightStore, store_key
 from smartdiff_jax.weights.stream import abstract, load
 
@@ -41,7 +42,7 @@ SAMPLER_OF_SCHEDULER = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Weights on the mesh and what is needed to run them. Pairs are (graphdef, weights).
+    """Weights on the mesh (or beside it, see weights/residency.py) and what is needed to run them. Pairs are (graphdef, weights).
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
     cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go.
@@ -119,7 +120,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         component = folder.require(name)
         _check_numbers(spec, name, component.config)
         configs[name] = read_config(architecture, component)
-        place = _placement(name, mesh, system.mesh)
+        place = at_rest(_placement(name, mesh, system.mesh), system.residency)
         components[name] = _load_component(architecture, configs[name], component, dtype, place, store)
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(

@@ -46,6 +46,7 @@ from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, E
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
+from smartdiff_jax.weights.residency import holder
 
 OUTPUT_TYPES = ("uint8", "np", "latent")
 MAX_BATCH_TOKENS = 32_768
@@ -99,16 +100,19 @@ class Pipeline:
         if system.mesh.cfg > 1 and model.spec.sampling.guidance != "cfg":
             remedy = f"{model.spec.name} has no negative branch to split off; use 1, and more ring, ulysses or data"
             raise InvalidConfig("mesh.cfg", system.mesh.cfg, remedy)
+        hold = holder(system.residency)
         attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes)
         self._text = TextEncode(
             [
                 PromptEncoder(
                     dataclasses.replace(source, max_length=model.max_text_lengths[source.tokenizer]),
                     *model.tokenizers[source.tokenizer],
-                    *model.text_encoders[source.encoder],
+                    graphdef,
+                    hold(weights),
                     dtype=model.dtype,
                 )
                 for source in model.family.text
+                for graphdef, weights in [model.text_encoders[source.encoder]]
             ],
             model.dtype,
         )
@@ -117,7 +121,9 @@ class Pipeline:
         guidance = GUIDANCE["batched" if system.mesh.cfg > 1 else system.guidance](layout.as_branches)
         combine = combine_for(model.spec.sampling)
         self._loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, model.dtype, layout)
-        self._decode = Decode(*model.vae, dtype=model.dtype, layout=layout)
+        self._denoisers = [hold(weights) for weights in model.denoisers]
+        graphdef, weights = model.vae
+        self._decode = Decode(graphdef, hold(weights), dtype=model.dtype, layout=layout)
         self._pack = jax.jit(lambda noise: layout.pad_tokens(model.patches.pack(noise)), out_shardings=layout.tokens)
         self._unpack = jax.jit(
             lambda tokens, grid: model.patches.unpack(tokens[:, : math.prod(grid)], grid), static_argnames="grid"
@@ -195,7 +201,7 @@ class Pipeline:
         )
         sampler, defaults, steps = SAMPLERS[params.sampler], self.spec.sampling, params.num_inference_steps
         schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
-        experts = split_experts(self._model.denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
+        experts = split_experts(self._denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
         restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
         policy, notes = policy_for(params, self._model.cache_numbers, self._num_blocks, schedule, restarts)
         return params, _Course(sampler, schedule, experts, policy, notes)

@@ -2,7 +2,8 @@
 
     evaluation   attention / (P T) + matmuls / P + the rest / P + what messages add; text outside of attention is not divided
     step         as many evaluations as a device has branches of guidance, and one exchange of their results
-    memory       weights + reserved + the larger of denoising and decoding
+    memory       reserved + weights + the larger of denoising and decoding; with `stage` the largest of the stages, each with
+                 the weights it uses and no others
 
 Rates are measured ones where there are any (rates.py), bytes are counted (traffic.py), activations are estimated.
 """
@@ -29,7 +30,8 @@ class Plan:
 
     tokens_per_device: padding included, of which `padding` on all devices together.
     heads_per_device: in attention. weights: by component. reserved: see Rates.
-    denoising: activations and gathered layers. decoding: activations.
+    denoising: activations and gathered layers. decoding: activations. Those of text encoders are not counted: they are small.
+    residency: which weights are on a device at a time (SystemConfig.residency).
     traffic: bytes sent in a step, by what is sent.
     seconds: of a step, by what takes them; {} in float32, which has no measured rates.
     """
@@ -43,12 +45,21 @@ class Plan:
     reserved: int
     denoising: int
     decoding: int
+    residency: str
     traffic: dict[str, int]
     seconds: dict[str, float]
 
     @property
     def peak(self) -> int:
-        return sum(self.weights.values()) + self.reserved + max(self.denoising, self.decoding)
+        if self.residency == "all":
+            return self.reserved + sum(self.weights.values()) + max(self.denoising, self.decoding)
+        return self.reserved + max(self.stages.values())
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """Bytes of each stage by component under `stage`: its weights and what is made with them."""
+        made = {name: self.denoising for name in self.weights if name.startswith("transformer")} | {"vae": self.decoding}
+        return {name: size + made.get(name, 0) for name, size in self.weights.items()}
 
     def step(self, outputs: int = 1) -> float:
         """Seconds of a step of so many outputs, `mesh.data` at a time."""
@@ -68,8 +79,11 @@ def check_mesh(mesh: MeshConfig, model: str, heads: int, guided: bool) -> None:
         raise InvalidConfig("mesh.fsdp", True, "splits weights over ring and ulysses, both 1 here; leave it out, or raise one")
 
 
-def plan_mesh(work: Workload, mesh: MeshConfig, *, batched: bool = False, rates: Rates = HOPPER) -> Plan:
+def plan_mesh(
+    work: Workload, mesh: MeshConfig, *, batched: bool = False, residency: str = "all", rates: Rates = HOPPER
+) -> Plan:
     """What `mesh` would cost. batched: a device runs its branches of guidance at once (SystemConfig.guidance).
+    residency: as in SystemConfig.
 
     Raises InvalidConfig where the mesh is impossible.
     """
@@ -92,9 +106,10 @@ def plan_mesh(work: Workload, mesh: MeshConfig, *, batched: bool = False, rates:
         padding=tokens * pieces - work.tokens,
         heads_per_device=work.num_heads // (mesh.ulysses * mesh.tensor),
         weights={name: traffic.component_bytes(work, name, mesh) for name in work.parameters},
-        reserved=rates.reserved,
+        reserved=rates.reserved + (rates.buffers if mesh.num_devices > 1 else 0),
         denoising=activation_bytes(work, mesh, evaluations if batched else 1) + gathered_bytes(work, mesh),
         decoding=decoder_bytes(work, mesh),
+        residency=residency,
         traffic=sent,
         seconds=seconds,
     )

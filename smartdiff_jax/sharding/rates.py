@@ -17,7 +17,8 @@ class Rates:
     link: bytes/s within a host. network: bytes/s to another host, per device.
     latency: seconds that a collective takes besides its bytes.
     devices_per_host: neighbours in the mesh share hosts of so many.
-    reserved: bytes of a device that no plan can use: the driver's context, buffers of collectives, executables.
+    reserved: bytes of a device that no plan can use: the driver's context, executables. buffers: besides, where there are
+        several devices, of collectives.
     """
 
     attention: float
@@ -29,6 +30,7 @@ class Rates:
     latency: float
     devices_per_host: int
     reserved: int
+    buffers: int
 
     def of_axis(self, mesh: MeshConfig, *axes: str) -> float:
         """Bytes/s along axes of `mesh` that lie next to each other, outermost first: those of the slowest link between them."""
@@ -47,7 +49,8 @@ HOPPER = Rates(
     network=50e9,  # data sheet: 400 Gb/s of InfiniBand per GPU
     latency=20e-6,  # assumed
     devices_per_host=8,
-    reserved=2 * 10**9,  # assumed
+    reserved=6 * 10**8,  # assumed
+    buffers=14 * 10**8,  # assumed
 )
 """H100 and H200, whose arithmetic is alike. On two H200 these rates give Wan2.1-1.3B at 832x480x81 to 3 %: measured
 520 ms on one, 278 with Ulysses, 273 with a ring."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import jit_in
+from smartdiff_jax.weights.residency import Held
 
 WHOLE_CLIP_LATENTS = 4096
 """A clip of at most so many latent positions is decoded at once: its activations are small, and one pass is faster."""
@@ -23,7 +24,7 @@ WHOLE_CLIP_LATENTS = 4096
 class Decode:
     """The VAE's decoder and the last mile to pixel values, one executable a shape."""
 
-    def __init__(self, graphdef: Any, weights: Any, dtype: Any, layout: Layout):
+    def __init__(self, graphdef: Any, weights: Held, dtype: Any, layout: Layout):
         self._weights, self._layout = weights, layout
 
         def decode(weights, latents, to_uint8):
@@ -37,4 +38,5 @@ class Decode:
     def __call__(self, latents: Float[Array | np.ndarray, "b c f h w"], to_uint8: bool = True) -> Array:
         """[b c f h w] to frames [b, f', h', w', 3]: uint8, or float32 in [0, 1]."""
         latents = jax.device_put(latents, self._layout.picture(latents.shape))
-        return self._decode(self._weights, latents, to_uint8=to_uint8)
+        with self._weights.use() as weights:
+            return self._decode(weights, latents, to_uint8=to_uint8).block_until_ready()

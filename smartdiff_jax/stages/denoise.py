@@ -28,6 +28,7 @@ from smartdiff_jax.stages.base import Progress, jit_in
 from smartdiff_jax.stages.cache_memory import check_fits
 from smartdiff_jax.stages.checkpoint import Checkpoint, restore
 from smartdiff_jax.stages.guidance import Combine, Guidance, as_batch
+from smartdiff_jax.weights.residency import Held
 
 CHUNK_SECONDS = 0.5
 MAX_CHUNK = 8
@@ -64,7 +65,7 @@ class ChunkDone(Progress):
 class Expert:
     """A set of denoiser weights and the steps [first, last) it is used for."""
 
-    weights: Any
+    weights: Held
     first: int
     last: int
 
@@ -252,8 +253,9 @@ def denoise(
     stops: steps after which a chunk ends and tells its estimate.
     """
     num_steps = int(schedule.num_steps)
-    start, run = loop.functions(experts[0].weights, tokens, branches, policy, sampler)
-    carry = start(experts[0].weights, tokens, branches, policy, sampler)
+    with experts[0].weights.use() as weights:
+        start, run = loop.functions(weights, tokens, branches, policy, sampler)
+        carry = start(weights, tokens, branches, policy, sampler)
     length, done, sigmas = chunk or 1, 0, np.asarray(schedule.sigmas)
     if resume is not None and resume.step > 0:
         carry, done = restore(resume.carry, carry), resume.step
@@ -263,20 +265,21 @@ def denoise(
             hi = min(lo + length, expert.last, *(stop for stop in stops if stop > lo))
             before = jnp.copy(carry.tokens) if hi in stops else None
             began = time.perf_counter()
-            carry = run(
-                expert.weights,
-                carry,
-                branches,
-                schedule,
-                guidance_scale,
-                policy,
-                sampler,
-                np.int32(lo),
-                np.int32(hi),
-                np.int32(expert.first),
-                None if num_tokens is None else np.int32(num_tokens),
-            )
-            carry.tokens.block_until_ready()
+            with expert.weights.use() as weights:
+                carry = run(
+                    weights,
+                    carry,
+                    branches,
+                    schedule,
+                    guidance_scale,
+                    policy,
+                    sampler,
+                    np.int32(lo),
+                    np.int32(hi),
+                    np.int32(expert.first),
+                    None if num_tokens is None else np.int32(num_tokens),
+                )
+                carry.tokens.block_until_ready()
             if chunk is None and lo > done:
                 per_step = (time.perf_counter() - began) / (hi - lo)
                 length = min(max(1, int(CHUNK_SECONDS / per_step)), MAX_CHUNK)
@@ -294,7 +297,7 @@ def clean(
     return after - sigma_after * (after - before) / (sigma_after - sigma_before)
 
 
-def split_experts(weights: list[Any], timesteps: np.ndarray, num_steps: int, boundary: float | None) -> list[Expert]:
+def split_experts(weights: list[Held], timesteps: np.ndarray, num_steps: int, boundary: float | None) -> list[Expert]:
     """Which steps each set of weights serves: the high-noise expert while timestep >= boundary * 1000 (Wan 2.2).
 
     weights: one denoiser, or [high noise, low noise].

@@ -17,6 +17,7 @@ from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.stages.base import jit_in
 from smartdiff_jax.stages.tokenize import tokenize
+from smartdiff_jax.weights.residency import Held
 
 KEPT_BYTES = 64 << 20
 """Of states an encoder keeps on the device, the last used: 16 prompts of Wan's. The same negative prompt comes every time."""
@@ -58,7 +59,7 @@ def text_states(source: TextSource, encoder: Any, ids: Int[Array, "b l"], mask: 
 class PromptEncoder:
     """One tokenizer and encoder. Prompts are padded to few lengths, so few executables serve all."""
 
-    def __init__(self, source: TextSource, tokenizer: Tokenizer, pad_id: int, graphdef: Any, weights: Any, dtype: Any):
+    def __init__(self, source: TextSource, tokenizer: Tokenizer, pad_id: int, graphdef: Any, weights: Held, dtype: Any):
         self.source = source
         self._tokenizer, self._pad_id, self._weights = tokenizer, pad_id, weights
         self._kept: OrderedDict[tuple[bytes, int], Array] = OrderedDict()
@@ -69,7 +70,8 @@ class PromptEncoder:
 
         self._encode = jit_in(dtype, encode)
         ids = jax.ShapeDtypeStruct((1, source.max_length), jnp.int32)
-        self.dim: int = jax.eval_shape(encode, weights, ids, ids).shape[-1]
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights.kept)
+        self.dim: int = jax.eval_shape(encode, shapes, ids, ids).shape[-1]
 
     def tokenize(self, prompt: str) -> tuple[Int[np.ndarray, "1 l"], int]:
         """Token ids without padding, and how many there were before anything was cut off."""
@@ -95,7 +97,8 @@ class PromptEncoder:
         mask = np.zeros((1, total), np.int32)
         mask[:, : ids.shape[1]] = 1
         wide = np.pad(ids, ((0, 0), (0, total - ids.shape[1])), constant_values=self._pad_id)
-        return self._encode(self._weights, wide, mask)
+        with self._weights.use() as weights:
+            return self._encode(weights, wide, mask).block_until_ready()
 
 
 class TextEncode:

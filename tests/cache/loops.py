@@ -24,6 +24,7 @@ from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.stages import denoise as stage
 from smartdiff_jax.stages.denoise import DenoiseLoop, Expert, denoise
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain
+from smartdiff_jax.weights.residency import Resident
 
 # Compiling is nearly all the time these tests take; XLA's own passes run as ever.
 FAST_COMPILE = {"compiler_options": {"xla_backend_optimization_level": 0}}
@@ -170,7 +171,7 @@ class Tiny:
         """The tokens at the end, and each branch's string of computed steps."""
         schedule = self.schedule(sigmas)
         steps = int(schedule.num_steps)
-        weights = self.weights if weights is None else weights
+        weights = Resident(self.weights if weights is None else weights)
         experts = [Expert(weights, 0, steps)]
         if switch is not None:
             experts = [Expert(weights, 0, switch), Expert(weights, switch, steps)]
