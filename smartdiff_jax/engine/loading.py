@@ -42,10 +42,11 @@ SAMPLER_OF_SCHEDULER = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Weights on the mesh (or beside it, see weights/residency.py) and what is needed to run them. Pairs are (graphdef, weights).
+    """Weights on the mesh, or beside it (weights/residency.py), and what is needed to run them. Pairs are (graphdef, weights).
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
-    cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go.
+    cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go (None: the
+    weights are shapes only).
     """
 
     spec: ModelSpec
@@ -59,8 +60,8 @@ class LoadedModel:
     denoiser_graph: Any
     denoisers: list[Any]
     configs: dict[str, Any]
-    cache_numbers: dict[str, Any]
-    calibration_file: Path
+    cache_numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration_file: Path | None = None
 
     @cached_property
     def patches(self) -> Patches:

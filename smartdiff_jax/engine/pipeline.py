@@ -343,9 +343,11 @@ class Pipeline:
                     on_progress(Progress("calibrate", sum(map(len, recordings.values())), total))
         source = f"calibrated with {len(prompts)} prompts, {', '.join(map(str, num_inference_steps))} steps"
         numbers = numbers_from(recordings, source, signal, known)
-        write_calibration(self._model.calibration_file, numbers)
+        file = self._model.calibration_file
+        assert file is not None, "loaded models have one"
+        write_calibration(file, numbers)
         self._model = dataclasses.replace(self._model, cache_numbers=known | numbers)
-        return self._model.calibration_file
+        return file
 
     def _record(self, request: GenerateParams, recorder: Recorder) -> Recording:
         """A full run of one output, and what the recorder wrote down."""
@@ -354,6 +356,7 @@ class Pipeline:
         branches = self._branches(resolved, self._encode(resolved, Inputs()), self._model.patches.grid(shape))
         tokens = self._pack(self._noise(resolved.seed, shape, [0]))
         *_, carry = self._denoise(resolved, dataclasses.replace(course, policy=recorder), tokens, branches)
+        assert isinstance(carry, DenoiseCarry), "a loop ends with its carry"
         (signals, _), (latents, velocities) = carry.cache_state
         count = self._model.count_tokens(resolved.width, resolved.height, resolved.num_frames)
         return Recording(

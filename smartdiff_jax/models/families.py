@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from smartdiff_jax.models import flux1, flux2, qwen_image, wan, z_image
 from smartdiff_jax.models.family import Architecture
@@ -29,7 +29,7 @@ class Family:
     """
 
     name: str
-    task: str
+    task: Literal["t2v", "t2i"]
     pipeline_class: str
     architectures: dict[str, Architecture]
     patches: Callable[[Any], Patches]

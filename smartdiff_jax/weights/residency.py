@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from smartdiff_jax.weights.stream import ShardingFor
+from smartdiff_jax.sharding.weights import ShardingFor
 
 HOST, DEVICE = "pinned_host", "device"
 

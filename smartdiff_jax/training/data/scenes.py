@@ -10,6 +10,7 @@ Coordinates are fractions of the frame (x right, y down); angles are radians, cl
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,10 +188,11 @@ def _drawn(
     fu, fv = u - left, v - top
     start = (per_frame(sprite.image) * side + top.astype(jnp.int32)) * side + left.astype(jnp.int32)
     flat = bank.reshape(-1)
-    total = [0.0, 0.0, 0.0, 0.0]
+    total: list[Any] = [0.0, 0.0, 0.0, 0.0]
     for offset, weight in ((0, (1 - fu) * (1 - fv)), (1, fu * (1 - fv)), (side, (1 - fu) * fv), (side + 1, fu * fv)):
         corner = _channels(flat.at[start + offset].get(mode="promise_in_bounds"))
         total = [sum_ + weight * channel for sum_, channel in zip(total, corner, strict=True)]
+    rgb: list[Any]
     *rgb, alpha = (jnp.where(inside, channel / 255, 0) for channel in total)
     tint = [sprite.tint[:, i, None, None, None] for i in range(4)]
     return _tinted(alpha, rgb, tint), alpha
