@@ -43,10 +43,6 @@ class Attend(Protocol):
     All scale by 1/sqrt(d) and return out [b, s, h, d] in q's dtype.
     """
 
-    def for_length(self, num_tokens: int | Int[Array, ""]) -> "Attend":
-        """The same for tokens that were padded behind `num_tokens`, which may be traced."""
-        ...
-
     def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:
         """The picture's tokens among themselves."""
         ...
@@ -70,4 +66,13 @@ class Attend(Protocol):
         self, tokens: QKV, text: QKV, *, text_length: Int[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b s h d"], Float[Array, "b l h d"]]:
         """Both streams as one sequence (MM-DiT, arXiv 2403.03206); returns the picture's part and the text's."""
+        ...
+
+
+@runtime_checkable
+class PaddedAttend(Attend, Protocol):
+    """An `Attend` that can be told how many of its tokens count."""
+
+    def for_length(self, num_tokens: int | Int[Array, ""]) -> Attend:
+        """The same for tokens that were padded behind `num_tokens`, which may be traced."""
         ...

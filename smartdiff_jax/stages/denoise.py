@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from smartdiff_jax.cache.base import CachePolicy, Step
-from smartdiff_jax.kernels.base import Attend
+from smartdiff_jax.kernels.base import Attend, PaddedAttend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.modules import HeldModules, module_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
@@ -81,7 +81,7 @@ class DenoiseLoop:
         sharding object, as the first chunk's would be, is another executable.
     """
 
-    def __init__(self, graphdef: Any, attend: Attend, guidance: Guidance, combine: Combine, dtype: Any, layout: Layout):
+    def __init__(self, graphdef: Any, attend: PaddedAttend, guidance: Guidance, combine: Combine, dtype: Any, layout: Layout):
         self._graphdef, self._attend, self._guidance, self._combine = graphdef, attend, guidance, combine
         self._dtype, self._layout = dtype, layout
         self._compiled: dict[Any, tuple[Callable[..., DenoiseCarry], Callable[..., DenoiseCarry]]] = {}
@@ -167,9 +167,10 @@ class DenoiseLoop:
         num_tokens: how many tokens count, where they were padded for the mesh.
         """
         model: Any = nnx.merge(self._graphdef, weights)
-        attend, counts = self._attend, None
+        attend: Attend = self._attend
+        counts = None
         if num_tokens is not None:
-            attend = attend.for_length(num_tokens)
+            attend = self._attend.for_length(num_tokens)
             counts = (jnp.arange(carry.tokens.shape[1]) < num_tokens).astype(jnp.float32)
 
         def body(index, carry: DenoiseCarry) -> DenoiseCarry:

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from smartdiff_jax.kernels import ATTENTION
-from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS
@@ -57,7 +56,7 @@ class DenoiserSettings(StageSettings):
     embedding_lr_scale: PositiveFloat = 4.0
 
 
-def attend_with(name: str) -> Attend:
+def attend_with(name: str) -> LocalAttend:
     """A kernel by name, as a block calls it on one device."""
     return LocalAttend(ATTENTION[name])
 
