@@ -18,6 +18,7 @@ from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, bundled_folder, known_models
 from smartdiff_jax.config.shift import LinearShift
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine.calibration import FILE as CALIBRATION
 from smartdiff_jax.engine.calibration import calibration_files, read_calibration
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
@@ -58,8 +59,8 @@ class LoadedModel:
     denoiser_graph: Any
     denoisers: list[Any]
     configs: dict[str, Any]
-    cache_numbers: dict[str, Any]
-    calibration_file: Path
+    cache_numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration_file: Path = Path(CALIBRATION)
 
     @cached_property
     def patches(self) -> Patches:

@@ -289,6 +289,7 @@ class Pipeline:
         branches = self._branches(resolved, self._encode(resolved, Inputs()), self._model.patches.grid(shape))
         tokens = self._pack(self._noise(resolved.seed, shape, [0]))
         *_, carry = self._denoise(resolved, dataclasses.replace(course, policy=recorder), tokens, branches)
+        assert isinstance(carry, DenoiseCarry), "the loop ends with its carry"
         (signals, _), (latents, velocities) = carry.cache_state
         count = self._model.count_tokens(resolved.width, resolved.height, resolved.num_frames)
         return Recording(
