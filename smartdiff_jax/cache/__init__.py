@@ -3,9 +3,11 @@
 from smartdiff_jax.cache.auto import Auto
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.blockdance import BlockDance
+from smartdiff_jax.cache.cfgcache import CFGCache
 from smartdiff_jax.cache.easycache import EasyCache
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
+from smartdiff_jax.cache.meancache import MeanCache
 from smartdiff_jax.cache.none import NoCache
 from smartdiff_jax.cache.schedule import Schedule
 from smartdiff_jax.cache.taylorseer import TaylorSeer
@@ -25,7 +27,9 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "blockdance": BlockDance,
         "taylorseer": TaylorSeer,
         "easycache": EasyCache,
+        "meancache": MeanCache,
         "schedule": Schedule,
+        "cfgcache": CFGCache,
     },
     error=InvalidRequest,
 )

@@ -1,6 +1,7 @@
 """Feature caches: which evaluations are computed, and what stands in for the others.
 
     step:  velocity = policy.step(tokens, evaluate)              the guided velocity of a whole step may be predicted
+    guidance:  evaluate(stand_in)                                or the velocity of the negative branch
     model:   hidden = policy.blocks(stack)                       or what a range of blocks makes of one branch
 
 A policy is a registered frozen dataclass of arrays (its numbers are data, its type is static), one object a request. It
@@ -81,8 +82,27 @@ class Stack(Protocol):
         ...
 
 
-Evaluate = Callable[[State], tuple[Array, Array, State, Array]]
-"""(state of the blocks) -> (guided velocity, velocity of the positive branch, state, bool [n]: whose blocks were computed)."""
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """Something for the velocity of the negative branch.
+
+    when: whether it is used, and the branch not run. predict: (velocity of the positive branch) -> that of the negative one.
+    """
+
+    when: Bool[Array, ""]
+    predict: Callable[[Float[Array, "b s p"]], Float[Array, "b s p"]]
+
+
+@runtime_checkable
+class Evaluate(Protocol):
+    """One evaluation of the model, from the state of the blocks.
+
+    Returns the guided velocity, those of the branches (positive first), the state, and whose blocks were computed.
+    """
+
+    def __call__(
+        self, state: State, /, stand_in: StandIn | None = None
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], State, Bool[Array, " n"]]: ...
 
 
 class CachePolicy:
@@ -103,8 +123,8 @@ class CachePolicy:
         """
         raise NotImplementedError
 
-    def check_model(self, num_blocks: int) -> None:
-        """Raises InvalidRequest where a model of so many blocks has no room for it."""
+    def check_model(self, num_blocks: int, num_branches: int) -> None:
+        """Raises InvalidRequest where a model of so many blocks, and branches of guidance, has no room for it."""
 
     def init_blocks(self, hidden: Hidden) -> State:
         """A branch's memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""

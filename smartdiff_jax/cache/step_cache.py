@@ -81,11 +81,11 @@ class StepCache(Guarded):
 
         def compute(kept):
             inner, anchors, _ = kept
-            velocity, positive, inner, computed = evaluate(inner)
+            velocity, branches, inner, computed = evaluate(inner)
             velocity = velocity.astype(jnp.float32)
             if not self.every_step:
                 anchors = anchors.push(velocity - base, step.index)
-            return velocity, computed, (inner, anchors, self.reference(state, step, tokens, positive))
+            return velocity, computed, (inner, anchors, self.reference(state, step, tokens, branches[0]))
 
         def reuse(kept):
             _, anchors, _ = kept

@@ -17,7 +17,7 @@ MAX_SHOWN = 1
 
 
 def policy_for(
-    params: ResolvedParams, model_numbers: dict[str, Any], num_blocks: int, schedule: Schedule, restarts: tuple[int, ...]
+    params: ResolvedParams, model_numbers: dict[str, Any], schedule: Schedule, restarts: tuple[int, ...]
 ) -> tuple[CachePolicy, tuple[str, ...]]:
     """The policy of a request, and notes for its report. Raises InvalidRequest for what cannot be served.
 
@@ -32,7 +32,6 @@ def policy_for(
         given=frozenset(params.cache_params),
     )
     policy, notes = POLICIES[params.cache].create(steps, model_numbers, **params.cache_params).within(outlook)
-    policy.check_model(num_blocks)
     if restarts and params.cache != "none":
         notes = *notes, f"cache: nothing is remembered over the change of experts before step {restarts[0]}"
     return policy, notes

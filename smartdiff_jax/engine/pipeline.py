@@ -183,7 +183,8 @@ class Pipeline:
         schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
         experts = split_experts(self._model.denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
         restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
-        policy, notes = policy_for(params, self._model.cache_numbers, self._num_blocks, schedule, restarts)
+        policy, notes = policy_for(params, self._model.cache_numbers, schedule, restarts)
+        policy.check_model(self._num_blocks, 2 if defaults.guidance == "cfg" else 1)
         return params, _Course(sampler, schedule, experts, policy, notes)
 
     def stream(

@@ -161,9 +161,10 @@ class DenoiseLoop:
                 out, state, computed = policy.blocks(state, step, _Stack(model, attend, hidden, context))
                 return model.head(out, context), state, computed
 
-            def evaluate(state):
+            def evaluate(state, /, stand_in=None):
+                scale = guidance_scale[index]
                 with jax.named_scope("model"):
-                    return self._guidance(branch, self._combine, carry.tokens, branches, guidance_scale[index], state)
+                    return self._guidance(branch, self._combine, carry.tokens, branches, scale, state, stand_in)
 
             inner, outer = carry.cache_state
             num_branches = branches.text.shape[0]

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from smartdiff_jax.cache.base import StandIn
 from smartdiff_jax.config.model import SamplingDefaults
+from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.registry import Registry
 
@@ -59,16 +61,16 @@ def combine_for(sampling: SamplingDefaults) -> Combine:
 class Guidance(Protocol):
     """How the branches run. Leaves of `branches` are [n ...], positive first, n = 1 where there is no guidance.
 
-    The cache state has a leading axis of `num_states(n)`. Returns the guided velocity, the positive branch's, the state, and
-    for each branch whether its blocks were computed.
+    The cache state has a leading axis of `num_states(n)`. stand_in: instead of the negative branch. Returns the guided
+    velocity, those of the branches, the state, and for each branch whether its blocks were computed.
     """
 
     def num_states(self, num_branches: int) -> int: ...
 
     def __call__(
         self, evaluate: Evaluate, combine: Combine, tokens: Float[Array, "b s p"], branches: Conditioning,
-        scale: Float[Array, ""], state: CacheState,
-    ) -> tuple[Float[Array, "b s p"], Float[Array, "b s p"], CacheState, Bool[Array, " n"]]: ...  # fmt: skip
+        scale: Float[Array, ""], state: CacheState, stand_in: StandIn | None = None,
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], CacheState, Bool[Array, " n"]]: ...  # fmt: skip
 
 
 class Sequential:
@@ -77,7 +79,7 @@ class Sequential:
     def num_states(self, num_branches):
         return num_branches
 
-    def __call__(self, evaluate, combine, tokens, branches, scale, state):
+    def __call__(self, evaluate, combine, tokens, branches, scale, state, stand_in=None):
         num_branches = branches.text.shape[0]
 
         def branch(index, carry):
@@ -90,17 +92,21 @@ class Sequential:
         carry = jnp.zeros((num_branches, *tokens.shape), tokens.dtype), state, jnp.zeros(num_branches, bool)
         if num_branches == 1:
             velocities, state, computed = branch(0, carry)
-            return velocities[0], velocities[0], state, computed
-        run = jnp.where(scale == 1.0, 1, 2)
-        velocities, state, computed = jax.lax.fori_loop(0, run, branch, carry)
-        return _combined(combine, velocities[0], velocities[1], scale), velocities[0], state, computed
+            return velocities[0], velocities, state, computed
+        # How many branches run is a number of rounds: to skip one takes no second copy of the model.
+        skips = (scale == 1.0) if stand_in is None else (scale == 1.0) | stand_in.when
+        velocities, state, computed = jax.lax.fori_loop(0, jnp.where(skips, 1, 2), branch, carry)
+        if stand_in is not None:
+            predicted = stand_in.predict(velocities[0]).astype(velocities.dtype)
+            velocities = velocities.at[1].set(jnp.where(stand_in.when, predicted, velocities[1]))
+        return _combined(combine, velocities[0], velocities[1], scale), velocities, state, computed
 
 
 class Batched:
     """Both branches as one batch: for models too small to fill a device, and for meshes that give each branch its devices.
 
     place: puts the tokens of all branches [n * b, s, p] where they belong on a mesh.
-    The negative branch runs at scale 1 too, where its result is not used.
+    The negative branch runs at scale 1 too, where its result is not used, and nothing can stand in for it.
     """
 
     def __init__(self, place: Callable[[Array], Array] = lambda tokens: tokens):
@@ -109,15 +115,19 @@ class Batched:
     def num_states(self, num_branches):
         return 1
 
-    def __call__(self, evaluate, combine, tokens, branches, scale, state):
+    def __call__(self, evaluate, combine, tokens, branches, scale, state, stand_in=None):
+        if stand_in is not None:
+            remedy = "both branches run as one batch here; take another cache, or start without mesh.cfg and guidance=batched"
+            raise InvalidRequest("cache", "cfgcache", remedy)
         num_branches, batch = branches.text.shape[0], tokens.shape[0]
         own = jax.tree.map(lambda leaf: leaf[0], state)
         wide = self._place(jnp.tile(tokens, (num_branches, 1, 1)))
         velocity, own, done = evaluate(wide, as_batch(branches, batch), own)
         state, computed = jax.tree.map(lambda leaf: leaf[None], own), jnp.broadcast_to(done, num_branches)
+        velocities = velocity.reshape(num_branches, *tokens.shape)
         if num_branches == 1:
-            return velocity, velocity, state, computed
-        return _combined(combine, velocity[:batch], velocity[batch:], scale), velocity[:batch], state, computed
+            return velocity, velocities, state, computed
+        return _combined(combine, velocities[0], velocities[1], scale), velocities, state, computed
 
 
 def _combined(combine: Combine, positive: Array, negative: Array, scale: Array) -> Array:
