@@ -99,6 +99,13 @@ def test_a_change_of_experts_is_told(pipe):
         policy_for(params.model_copy(update={"cache_ratio": 0.9}), {}, schedule, (6,))
 
 
+@pytest.mark.parametrize("steps, words", [(1, "nothing to skip in one step"), (6, "each of 6 steps differs"), (9, None)])
+def test_short_runs_are_told(pipe, steps, words):
+    params = pipe.check(GenerateParams.create(prompt="", cache="fbcache", num_inference_steps=steps, cache_ratio=0.4))
+    _, notes = policy_for(params, {}, SAMPLERS[params.sampler].schedule(steps, 3.0), ())
+    assert (words in notes[0]) if words else not notes
+
+
 def test_letters():
     executed = np.zeros((200, 2), bool)
     executed[:5] = [[1, 1], [1, 0], [0, 1], [0, 0], [1, 0]]
