@@ -124,11 +124,11 @@ def entries(bench: Bench, ratio: float, names: list[str]) -> dict[str, Callable[
     """By name, what makes (parameters, course) of it."""
     params, auto = bench.course(cache="auto", cache_ratio=ratio)
     budget = max(1, round((1 - ratio) * bench.steps))
-    found: dict[str, Callable[[], tuple[Any, Any]]] = {
+    named: dict[str, Callable[[], tuple[Any, Any]]] = {
         name: lambda name=name: bench.course(cache=name, cache_ratio=ratio, cache_params=PARAMS.get(name, {})) for name in names
     }
     if not isinstance(auto.policy, Planned):
-        return found
+        return named
     fresh = np.asarray(auto.policy.fresh)[: bench.steps]
     even = np.zeros(bench.steps, bool)
     even[np.arange(budget) * bench.steps // budget] = True
@@ -141,13 +141,14 @@ def entries(bench: Bench, ratio: float, names: list[str]) -> dict[str, Callable[
         return lambda: (params, dataclasses.replace(auto, policy=policy))
 
     none_params, none = bench.course()
-    return found | {
+    baselines = {
         "fewer-steps": lambda: bench.course(num_inference_steps=budget),
         "same-steps": lambda: (none_params, dataclasses.replace(none, schedule=subset(auto.schedule, fresh))),
         "hold-even": with_policy(Planned.of(even, hold)),
         "hold-planned": with_policy(Planned.of(fresh, hold)),
         "shuffled": with_policy(Planned.of(shuffled.fresh, shuffled.weights)),
     }
+    return {"auto": named["auto"]} | baselines | named
 
 
 def plan_of(bench: Bench, auto: Any, computed: list[int], budget: int) -> Any:
@@ -250,16 +251,20 @@ def main() -> None:
                     f"[{row['margin']['low']:+.2f}, {row['margin']['high']:+.2f}]  {row['steps']}",
                     flush=True,
                 )
-    if arguments.tiny:
-        return
+                if not arguments.tiny:
+                    publish(arguments.model, results, steps)
+
+
+def publish(model: str, results: dict[str, Any], steps: int) -> None:
+    """The result file and the plot, of what is measured so far: a run that is cut off leaves what it has."""
     measured = [row for row in results["rows"] if "psnr" in row]
     lines = {
         name: [(row["ratio"], *(row["psnr"][key] for key in ("mean", "low", "high"))) for row in group]
         for name, group in itertools.groupby(sorted(measured, key=lambda row: row["name"]), key=lambda row: row["name"])
     }
-    title = f"{arguments.model}, {steps} steps, {len(bench.prompts)} prompts: likeness to the full run"
-    line_plot(ROOT / "docs" / f"cache-{arguments.model}.svg", lines, title, "share of steps skipped", "PSNR, dB")
-    print(write(f"cache-{arguments.model}", results))
+    title = f"{model}, {steps} steps, {len(results['prompts'])} prompts: likeness to the full run"
+    line_plot(ROOT / "docs" / f"cache-{model}.svg", lines, title, "share of steps skipped", "PSNR, dB")
+    write(f"cache-{model}", results)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ class Auto(CachePolicy):
         assert outlook.budget is not None
         nearest = min(self.runs, key=lambda run: abs(np.log(len(run.sigmas) / steps)))
         try:
+            # Frozen models hash by what they hold.
             plan = _plan(nearest, tuple(outlook.sigmas.tolist()), outlook.budget, outlook.restarts)  # type: ignore[arg-type]
         except ValueError:
             most = round(1.0 - (1 + len(outlook.restarts)) / steps, 3)

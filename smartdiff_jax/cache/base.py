@@ -142,8 +142,8 @@ class CachePolicy:
         """
         raise NotImplementedError
 
-    def check_model(self, num_blocks: int) -> None:
-        """Raises InvalidRequest where a model of so many blocks has no room for it."""
+    def check_model(self, num_blocks: int, num_branches: int) -> None:
+        """Raises InvalidRequest where a model of so many blocks, and branches of guidance, has no room for it."""
 
     def init_blocks(self, hidden: Hidden) -> State:
         """A branch's memory before the first step, for a residual stream like `hidden` (shapes and dtypes only)."""

@@ -55,7 +55,7 @@ class BlockCache(Guarded):
     num_anchors: int = 1
     adds: ClassVar[bool] = True
 
-    def check_model(self, num_blocks: int) -> None:
+    def check_model(self, num_blocks: int, num_branches: int) -> None:
         self.span(num_blocks)
 
     def span(self, num_blocks: int) -> tuple[int, int]:

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
 from smartdiff_jax.cache.base import CachePolicy, Evaluate, Outlook, StandIn, State, Step
-from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
+from smartdiff_jax.cache.guards import Counters, Guarded, GuardParams, Guards
 from smartdiff_jax.cache.memory import Anchors
-from smartdiff_jax.cache.params import LAST_TIMESTEP, MAX_STEPS, ModelNumbers, check_numbers, check_params
+from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.step_cache import StepMemory
 from smartdiff_jax.errors import InvalidRequest
 
@@ -35,7 +34,7 @@ class CFGCacheParams(GuardParams):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CFGCache(CachePolicy):
+class CFGCache(Guarded):
     """Its memory is StepMemory, the anchor the difference of the branches, float32."""
 
     guards: Guards
@@ -56,18 +55,19 @@ class CFGCache(CachePolicy):
         )
 
     def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
-        """A step that skips its negative branch saves half of it. Raises InvalidRequest for more than can be saved so."""
+        """A step whose negative branch is skipped is half skipped: of these there are twice as many."""
         if outlook.ratio is None:
             return self, ()
-        above = LAST_TIMESTEP * outlook.sigmas[:-1] >= float(self.below)
-        most = 0.5 * (1.0 - np.mean(above | self.guards.forced(outlook)))
-        if outlook.ratio > most:
-            remedy = (
-                f"only negative branches are skipped, and only below timestep {float(self.below):g}; give at most {most:.3f}"
-            )
-            raise InvalidRequest("cache_ratio", outlook.ratio, remedy)
-        of_branch = dataclasses.replace(outlook, ratio=2.0 * outlook.ratio)
-        return dataclasses.replace(self, guards=self.guards.within(of_branch, above, evenly=True)), ()
+        if outlook.ratio > 0.5:
+            raise InvalidRequest("cache_ratio", outlook.ratio, "the negative branch is half of the work; give at most 0.5")
+        late = outlook.sigmas[:-1] * 1000.0 >= float(self.below)
+        busy = late if "below" in outlook.given else None
+        doubled = dataclasses.replace(outlook, ratio=min(2.0 * outlook.ratio, 1.0))
+        return dataclasses.replace(self, guards=self.guards.within(doubled, busy, evenly=True)), ()
+
+    def check_model(self, num_blocks: int, num_branches: int) -> None:
+        if num_branches == 1:
+            raise InvalidRequest("cache", "cfgcache", "there is no negative branch to skip here; take another cache")
 
     def init_step(self, tokens: Float[Array, "b s p"]) -> State:
         return StepMemory(Counters.zero(), Anchors.empty(tokens.astype(jnp.float32), 1))
@@ -75,8 +75,7 @@ class CFGCache(CachePolicy):
     def step(
         self, state: StepMemory, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
     ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
-        if num_branches == 1:
-            raise InvalidRequest("cache", "cfgcache", "there is no negative branch to skip here; take another cache")
+        self.check_model(0, num_branches)
         anchors = state.anchors.cleared(step.changed_weights)
         wants_fresh = (step.timestep >= self.below) | (step.index % self.interval == 0)
         fresh, counters = self.guards.decide(state.counters, step, wants_fresh, anchors.count > 0)

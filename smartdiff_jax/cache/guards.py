@@ -112,7 +112,8 @@ class Guards:
     def within(self, outlook: Outlook, busy: Bool[np.ndarray, " t"] | None = None, *, evenly: bool = False) -> "Guards":
         """Guards that compute exactly `outlook.budget` steps; without one, these.
 
-        A warm-up and a cool-down that the user did not ask for are shortened until half of the budget is free.
+        A warm-up and a cool-down that the user did not ask for are shortened until half of the budget is free; the last step
+        is computed, where that leaves it free.
         busy: steps that the policy computes in any case. evenly: the rest is spread as a mask, and nothing left to decide.
         Raises InvalidRequest where the budget cannot be kept.
         """
@@ -155,7 +156,7 @@ class Guards:
         return dataclasses.replace(
             self,
             warmup=self.warmup if keep_warmup else jnp.int32(math.ceil(int(self.warmup) * share)),
-            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(int(self.cooldown) * share)),
+            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(max(int(self.cooldown), 1) * share)),
             warmup_after_switch=jnp.float32(float(self.warmup_after_switch) * (1.0 if keep_warmup else share)),
         )
 

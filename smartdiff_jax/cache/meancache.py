@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from smartdiff_jax.cache.base import CachePolicy, Outlook, Step
 from smartdiff_jax.cache.block_cache import Verdict
-from smartdiff_jax.cache.guards import SKIP, GuardParams, Guards
+from smartdiff_jax.cache.guards import COMPUTE, SKIP, GuardParams, Guards
 from smartdiff_jax.cache.memory import MAX_ANCHORS, Anchors
 from smartdiff_jax.cache.params import MAX_STEPS, CacheParams, ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.predict import mean_slope
@@ -69,7 +69,7 @@ class MeanCacheParams(GuardParams):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeanCache(StepCache):
-    """computed: which steps. orders: K at the others. tables: to plan by once the ratio is known; what runs has none."""
+    """computed: which steps. orders: K at the others. tables: to plan by; none once the policy is fitted to a run."""
 
     guards: Guards
     computed: Bool[Array, " max_steps"]
@@ -99,22 +99,44 @@ class MeanCache(StepCache):
             orders = slopes_of_computed(computed)
         if checked.orders is not None:
             orders = np.asarray(checked.orders)
-        return cls(guards, *_padded(computed, orders), numbers.tables)
+        more = MAX_STEPS - num_steps
+        return cls(
+            guards=guards,
+            computed=jnp.asarray(np.pad(computed, (0, more), constant_values=True)),
+            orders=jnp.asarray(np.pad(orders, (0, more), constant_values=1), jnp.int32),
+            tables=numbers.tables,
+        )
 
     def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
-        """With a ratio the budget is planned for; other weights, which must be computed with, are made room for."""
+        """Raises InvalidRequest where the parameters say already how many steps are computed."""
+        fitted = dataclasses.replace(self, tables=())
         if outlook.budget is None:
-            return dataclasses.replace(self, tables=()), ()
-        if told := outlook.given & {"budget", "mask", "orders"}:
-            remedy = f"cache_params.{min(told)} says how many steps are computed; leave one out"
+            return fitted, ()
+        already = outlook.given & {"budget", "mask"}
+        if already:
+            remedy = f"cache_params.{min(already)} says already what is computed; leave one out"
             raise InvalidRequest("cache_ratio", outlook.ratio, remedy)
-        forced = self.guards.forced(outlook)
-        for budget in range(outlook.budget, 0, -1):
-            computed, orders = plan(outlook.num_steps, budget, self.tables)
-            if np.sum(computed | forced) <= outlook.budget:
-                break
-        guards = self.guards.within(outlook, computed, evenly=True)
-        return MeanCache(guards, *_padded(computed, orders)), ()
+        self.guards.within(outlook)  # refuses what cannot be kept
+        steps = outlook.num_steps
+        computed, orders = plan(steps, outlook.budget, self.tables)
+        for restart in outlook.restarts:
+            if not computed[restart]:
+                # The nearest computed step gives way, so that there are as many.
+                others = [i for i in np.flatnonzero(computed) if i not in (0, *outlook.restarts)]
+                computed[min(others, key=lambda i: abs(i - restart))] = False
+                computed[restart] = True
+        orders = orders if not outlook.restarts else slopes_of_computed(computed)
+        if "orders" in outlook.given:
+            orders = np.asarray(self.orders)[:steps]
+        more = MAX_STEPS - steps
+        mask = np.asarray(self.guards.mask).copy()
+        mask[:steps] = np.where(computed, COMPUTE, SKIP)
+        return dataclasses.replace(
+            fitted,
+            guards=dataclasses.replace(self.guards, mask=jnp.asarray(mask), warmup=jnp.int32(1), cooldown=jnp.int32(0)),
+            computed=jnp.asarray(np.pad(computed, (0, more), constant_values=True)),
+            orders=jnp.asarray(np.pad(orders, (0, more), constant_values=1), jnp.int32),
+        ), ()
 
     def judge(self, memory: StepMemory, step: Step, tokens: Float[Array, "b s p"]) -> Verdict:
         return Verdict(self.computed[step.index])
@@ -123,12 +145,6 @@ class MeanCache(StepCache):
         starts = anchors.at.astype(jnp.int32)
         after, following = step.sigmas[starts[0] + 1], step.sigmas[step.index + 1]
         return mean_slope(step.sigmas[starts], anchors.count, after, following, self.orders[step.index])
-
-
-def _padded(computed: Bool[np.ndarray, " t"], orders: Int[np.ndarray, " t"]) -> tuple[Array, Array]:
-    more = MAX_STEPS - len(computed)
-    computed, orders = np.pad(computed, (0, more), constant_values=True), np.pad(orders, (0, more), constant_values=1)
-    return jnp.asarray(computed), jnp.asarray(orders, jnp.int32)
 
 
 def plan(num_steps: int, budget: int | None, tables: Sequence[Table]) -> tuple[Bool[np.ndarray, " t"], Int[np.ndarray, " t"]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from smartdiff_jax.cache import POLICIES
+from smartdiff_jax.cache.auto import FEW_STEPS
 from smartdiff_jax.cache.base import CachePolicy, Outlook
 from smartdiff_jax.config.request import ResolvedParams
 from smartdiff_jax.samplers.base import Schedule
@@ -17,7 +18,7 @@ MAX_SHOWN = 1
 
 
 def policy_for(
-    params: ResolvedParams, model_numbers: dict[str, Any], num_blocks: int, schedule: Schedule, restarts: tuple[int, ...]
+    params: ResolvedParams, model_numbers: dict[str, Any], schedule: Schedule, restarts: tuple[int, ...]
 ) -> tuple[CachePolicy, tuple[str, ...]]:
     """The policy of a request, and notes for its report. Raises InvalidRequest for what cannot be served.
 
@@ -32,8 +33,13 @@ def policy_for(
         given=frozenset(params.cache_params),
     )
     policy, notes = POLICIES[params.cache].create(steps, model_numbers, **params.cache_params).within(outlook)
-    policy.check_model(num_blocks)
-    if restarts and params.cache != "none":
+    if params.cache == "none":
+        return policy, notes
+    if steps == 1:
+        notes = ("cache: there is nothing to skip in one step",)
+    elif steps <= FEW_STEPS and not notes:
+        notes = (f"cache: each of {steps} steps differs much from the last; expect another picture than without",)
+    if restarts:
         notes = *notes, f"cache: nothing is remembered over the change of experts before step {restarts[0]}"
     return policy, notes
 

@@ -18,6 +18,7 @@ from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, bundled_folder, known_models
 from smartdiff_jax.config.shift import LinearShift
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine.calibration import FILE as CALIBRATION
 from smartdiff_jax.engine.calibration import calibration_files, read_calibration
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
@@ -45,8 +46,7 @@ class LoadedModel:
     """Weights on the mesh, or beside it (weights/residency.py), and what is needed to run them. Pairs are (graphdef, weights).
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
-    cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go (None: the
-    weights are shapes only).
+    cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go.
     """
 
     spec: ModelSpec
@@ -61,7 +61,7 @@ class LoadedModel:
     denoisers: list[Any]
     configs: dict[str, Any]
     cache_numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    calibration_file: Path | None = None
+    calibration_file: Path = Path(CALIBRATION)
 
     @cached_property
     def patches(self) -> Patches:

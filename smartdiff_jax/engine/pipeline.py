@@ -203,7 +203,8 @@ class Pipeline:
         schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
         experts = split_experts(self._denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
         restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
-        policy, notes = policy_for(params, self._model.cache_numbers, self._num_blocks, schedule, restarts)
+        policy, notes = policy_for(params, self._model.cache_numbers, schedule, restarts)
+        policy.check_model(self._num_blocks, 2 if defaults.guidance == "cfg" else 1)
         return params, _Course(sampler, schedule, experts, policy, notes)
 
     def count_tokens(self, params: ResolvedParams) -> int:
@@ -343,11 +344,9 @@ class Pipeline:
                     on_progress(Progress("calibrate", sum(map(len, recordings.values())), total))
         source = f"calibrated with {len(prompts)} prompts, {', '.join(map(str, num_inference_steps))} steps"
         numbers = numbers_from(recordings, source, signal, known)
-        file = self._model.calibration_file
-        assert file is not None, "loaded models have one"
-        write_calibration(file, numbers)
+        write_calibration(self._model.calibration_file, numbers)
         self._model = dataclasses.replace(self._model, cache_numbers=known | numbers)
-        return file
+        return self._model.calibration_file
 
     def _record(self, request: GenerateParams, recorder: Recorder) -> Recording:
         """A full run of one output, and what the recorder wrote down."""

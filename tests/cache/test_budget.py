@@ -7,7 +7,7 @@ from test_block_policies import NUMBERS, SKIPS
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.base import Outlook
-from smartdiff_jax.cache.guards import COMPUTE, SKIP, Guards
+from smartdiff_jax.cache.guards import Guards
 from smartdiff_jax.cache.params import MAX_STEPS
 from smartdiff_jax.errors import InvalidRequest
 
@@ -46,23 +46,6 @@ def test_exactly_the_budget_is_computed(name, toys):
         assert string.count("F") == budget, (steps, ratio, restarts, params, string)
         strings.add(string)
     assert toy.traces == 1 and len(strings) > 15
-
-
-@pytest.mark.parametrize("name, halves", [("meancache", 1), ("pab", 1), ("cfgcache", 2)])
-def test_policies_that_know_their_steps_plan_them_for_the_budget(name, halves):
-    for steps, ratio, restarts in ((50, 0.5, ()), (50, 0.0, ()), (31, 0.4, (13,)), (200, 0.3, (7, 150)), (5, 0.2, ())):
-        ratio = ratio / halves * (0.6 if halves == 2 else 1.0)
-        planned = np.asarray(fitted(name, steps, ratio, restarts).guards.mask)[:steps]
-        computed = planned == COMPUTE
-        assert set(planned) <= {COMPUTE, SKIP} and computed[[0, *restarts]].all()
-        assert computed.sum() == outlook(steps, halves * ratio).budget, (steps, ratio, restarts)
-
-
-@pytest.mark.parametrize("name, words", [("cfgcache", "at most 0.32"), ("pab", "give 0.0 to 0.68"), ("meancache", "leave one out")])
-def test_a_ratio_that_cannot_be_kept_is_an_error(name, words):
-    params = dict(budget=3) if name == "meancache" else {}
-    with pytest.raises(InvalidRequest, match=words):
-        fitted(name, 50, 0.9, **params)
 
 
 @pytest.mark.parametrize("name", SKIPS)

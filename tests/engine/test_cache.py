@@ -93,10 +93,17 @@ def test_plans_compile_nothing(calibrated, compiles):
 def test_a_change_of_experts_is_told(pipe):
     params = pipe.check(GenerateParams.create(prompt="", cache="fbcache", num_inference_steps=10, cache_ratio=0.8))
     schedule = SAMPLERS[params.sampler].schedule(10, 3.0)
-    policy, notes = policy_for(params, {}, 4, schedule, (6,))
+    policy, notes = policy_for(params, {}, schedule, (6,))
     assert "before step 6" in notes[0] and int(policy.guards.budget) == 2
     with pytest.raises(InvalidRequest, match="cache_ratio=0.9.*from 2 to 10 of 10"):
-        policy_for(params.model_copy(update={"cache_ratio": 0.9}), {}, 4, schedule, (6,))
+        policy_for(params.model_copy(update={"cache_ratio": 0.9}), {}, schedule, (6,))
+
+
+@pytest.mark.parametrize("steps, words", [(1, "nothing to skip in one step"), (6, "each of 6 steps differs"), (9, None)])
+def test_short_runs_are_told(pipe, steps, words):
+    params = pipe.check(GenerateParams.create(prompt="", cache="fbcache", num_inference_steps=steps, cache_ratio=0.4))
+    _, notes = policy_for(params, {}, SAMPLERS[params.sampler].schedule(steps, 3.0), ())
+    assert (words in notes[0]) if words else not notes
 
 
 def test_letters():
