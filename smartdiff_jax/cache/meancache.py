@@ -86,9 +86,7 @@ class MeanCache(StepCache):
         if checked.budget is not None and checked.budget > num_steps:
             raise InvalidRequest("cache_params.budget", checked.budget, f"there are {num_steps} steps; give at most so many")
         if checked.budget is not None and checked.mask is not None:
-            raise InvalidRequest(
-                "cache_params.budget", checked.budget, "the mask says which steps are computed; leave one out"
-            )
+            raise InvalidRequest("cache_params.budget", checked.budget, "the mask says which steps are computed; leave one out")
         if checked.orders is not None and len(checked.orders) != num_steps:
             remedy = f"give one entry for each of the {num_steps} steps"
             raise InvalidRequest("cache_params.orders", list(checked.orders), remedy)
