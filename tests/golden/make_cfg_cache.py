@@ -1,8 +1,8 @@
 """Makes cache_cfg.npz with diffusers' FasterCache hook on the tiny Wan of cache_wan.npz (run where torch and diffusers are).
 
-An Euler loop by hand over both branches as one batch, as the hook wants them, negative first. Its attention hooks are kept out of
-the way. Both frequency bands have one weight; where that is not 1, no two skips are in a row, because the hook multiplies what it
-stores at every skip.
+An Euler loop by hand over both branches as one batch, as the hook wants it, negative first. Its hooks on attention never skip.
+Both frequency bands have one weight; where that is not 1, no two skips are in a row, because the hook multiplies what it stores
+at every skip.
 """
 
 import json
