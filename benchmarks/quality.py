@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measure import stamp, write  # noqa: E402
 from smartdiff_jax.engine.pipeline import Pipeline  # noqa: E402
 from smartdiff_jax.training.data import atlas as atlas_file  # noqa: E402
-from smartdiff_jax.training.data.captions import Captioner  # noqa: E402
 from smartdiff_jax.training.evaluate import Scorer, evaluate  # noqa: E402
 from smartdiff_jax.training.sampling import sheet  # noqa: E402
+from smartdiff_jax.training.settings import load_recipe  # noqa: E402
+from smartdiff_jax.training.worlds import World, captioner_of  # noqa: E402
 
 
 def main() -> None:
