@@ -64,7 +64,8 @@ def write_folder(folder: Path, gb: float, tiny: bool) -> None:
     pool = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(ml_dtypes.bfloat16)
     shards: list[dict[str, np.ndarray]] = [{}]
     for key, shape in keys_and_shapes(config):
-        tensor = np.resize(pool, shape)
+        size = int(np.prod(shape))
+        tensor = pool[:size].reshape(shape) if size <= pool.size else np.resize(pool, shape)
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
             write_tensors(_shard(target, len(shards)), shards[-1])
             shards[-1] = {name: t[:0] for name, t in shards[-1].items()}  # their names, for the index

@@ -1,7 +1,8 @@
 """How well a bundled model follows its text: scoring prompts through the public Pipeline, judged by the checkers.
 
-    smartdiff train --stage prepare          fetches the sprites once, which the checkers compare with
-    python benchmarks/quality.py             100 prompts in the wording of training, 100 held out
+    smartdiff train pocket-video --stage prepare   fetches the sprites once, which the checkers compare with
+    python benchmarks/quality.py                   100 prompts in the wording of training, 100 held out
+    python benchmarks/quality.py --model runs/pocket-image/bundle --recipe pocket-image      a model that is not bundled yet
 
 Writes benchmarks/results/quality-<model>-<device>.json and a contact sheet of the first prompts.
 """
@@ -19,15 +20,17 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measure import stamp, write  # noqa: E402
 from smartdiff_jax.engine.pipeline import Pipeline  # noqa: E402
 from smartdiff_jax.training.data import atlas as atlas_file  # noqa: E402
-from smartdiff_jax.training.data.captions import Captioner  # noqa: E402
 from smartdiff_jax.training.evaluate import Scorer, evaluate  # noqa: E402
 from smartdiff_jax.training.sampling import sheet  # noqa: E402
+from smartdiff_jax.training.settings import load_recipe  # noqa: E402
+from smartdiff_jax.training.worlds import World, captioner_of  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-video")
-    parser.add_argument("--atlas", type=Path, default=ROOT / "data" / "atlas.npz")
+    parser.add_argument("--recipe", help="that the model was trained by; its name, if not given")
+    parser.add_argument("--atlas", type=Path, help="data/FILE of the recipe, if not given")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--num-inference-steps", type=int)
@@ -35,8 +38,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="do not write the result file")
     arguments = parser.parse_args()
     pipe = Pipeline.from_pretrained(arguments.model)
-    captioner = Captioner(atlas_file.load(arguments.atlas))
+    recipe = load_recipe(arguments.recipe or arguments.model)
+    atlas = atlas_file.load(arguments.atlas or ROOT / "data" / recipe.atlas.file)
+    task, size = recipe.served_by.task, recipe.output
+    world = World.of(task, captioner_of(task, atlas), size.num_frames)
     settings = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    settings |= {"size": (size.width, size.height), "num_frames": size.num_frames}
     kept: list[tuple[str, np.ndarray]] = []
 
     def generate(prompts):
@@ -46,15 +53,15 @@ def main() -> None:
         print(f"{len(clips)} clips in {time.monotonic() - began:.0f} s", flush=True)
         return np.stack(clips)
 
-    with Scorer(captioner.atlas) as scorer:
-        report = evaluate(generate, captioner, scorer, arguments.prompts)
+    with Scorer(world) as scorer:
+        report = evaluate(generate, world, scorer, arguments.prompts)
     for name in ("trained", "held_out"):
         print(name, report[name])
     if arguments.sheet:
         sheet(np.stack([clip for _, clip in kept[:24]]), [prompt for prompt, _ in kept[:24]], arguments.sheet)
     if not arguments.dry_run:
         resolved = pipe("", seed=0, **settings, output_type="latent").report.params
-        print(write(f"quality-{arguments.model}", {"stamp": stamp(), "params": resolved, **report}))
+        print(write(f"quality-{recipe.name}", {"stamp": stamp(), "params": resolved, **report}))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Recipe(_Section):
         return ModelSpec(
             name=self.name,
             family=self.family,
-            task=self.served_by.task,
+            task=self.served_by.task,  # pyright: ignore[reportArgumentType]
             description=self.description,
             bundled=True,
             parameters=f"{parameters / 1e6:.0f} M",

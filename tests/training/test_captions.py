@@ -11,6 +11,7 @@ from smartdiff_jax.training.data.wording import (
     COLOURS,
     MOTIONS,
     PROCEDURAL,
+    RELATIONS,
     TRAINING,
     Attributes,
     article,
@@ -134,9 +135,10 @@ def test_invisible_choices_are_avoided(drawn_atlas):
 
 def test_the_committed_list_is_five_per_cent_of_known_words():
     pairs = held_out_pairs()
-    for kind, words in (("background", BACKGROUNDS), ("colour", COLOURS), ("motion", PROCEDURAL)):
+    for kind, words in (("background", BACKGROUNDS), ("colour", COLOURS), ("motion", PROCEDURAL), ("relation", RELATIONS)):
         assert set(pairs[kind].values()) == set(words)
     names = [f"thing {i}" for i in range(200)]
     drawn = draw_held_out(names)
     assert drawn == draw_held_out(names)
-    assert {kind: len(found) for kind, found in drawn.items()} == {"background": 120, "colour": 80, "motion": 110}
+    counts = {"background": 120, "colour": 80, "motion": 110, "relation": 40}
+    assert {kind: len(found) for kind, found in drawn.items()} == counts

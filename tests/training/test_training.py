@@ -62,7 +62,7 @@ family: qwen-image
 output: {height: 16, width: 16}
 text: {vocab_size: 400, max_length: 60, captions: 500}
 transformer:
-  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 2, in_channels: 16, out_channels: 4, joint_attention_dim: 16,
+  {num_attention_heads: 2, attention_head_dim: 16, num_layers: 1, in_channels: 16, out_channels: 4, joint_attention_dim: 16,
    axes_dims_rope: [4, 6, 6]}
 text_encoder:
   {hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2,
