@@ -5,15 +5,17 @@ import hashlib
 import json
 import secrets
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams
 from smartdiff_jax.config.service import ApiKey
-from smartdiff_jax.engine.engine import Engine
 from smartdiff_jax.engine.job import PRIORITIES, Job, Priority, new_id
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.registry import Registry
 from smartdiff_jax.stages.media import FASTEST, STILLS, WRITERS
+
+if TYPE_CHECKING:
+    from smartdiff_jax.engine.engine import Engine  # which imports JAX; who admits need not wait for that
 
 MAX_PREVIEWS = 8
 FORMATS = tuple(suffix.removeprefix(".") for suffix in WRITERS)
@@ -39,7 +41,7 @@ class Submission:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def admit(engine: Engine, key: ApiKey, submission: Submission) -> tuple[Job, bool]:
+def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, bool]:
     """The job, queued, and whether it is new. Raises InvalidRequest, QueueFull, IdempotencyConflict."""
     asked = submission.params
     models = Registry("model", engine.pipelines, error=InvalidRequest)

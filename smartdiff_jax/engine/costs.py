@@ -66,6 +66,13 @@ class Costs:
         decode, two = self._seconds(work, "decode")
         return Estimate(step, decode, work.outputs * (work.steps * step + decode), one and two)
 
+    def left(self, work: Work, stage: str, done: float) -> float:
+        """Device seconds to go for a request that has done a fraction of "denoise" or "decode"."""
+        found = self.estimate(work)
+        if stage == "decode":
+            return work.outputs * (1.0 - done) * found.decode
+        return work.outputs * ((1.0 - done) * work.steps * found.step + found.decode)
+
     def changes(self) -> dict[str, tuple[float, int]]:
         """What was measured since the last call."""
         with self._lock:

@@ -245,6 +245,8 @@ class Engine:
                 self.metrics.step.labels(model).observe(each)
             if stage == "decode" or run.work.outputs == 1:  # several outputs share a step
                 self.costs.observe(run.work, stage, each)
+            with self._turn:
+                self._scheduler.expect(job.id, self.costs.left(run.work, stage, run.progress.done / run.progress.total))
         if isinstance(lap.event, GenerateOutput):
             with self._turn:
                 self._scheduler.remove(job.id)

@@ -25,7 +25,11 @@ Flow = tuple[str, Priority]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A job as the scheduler sees it. cost, spent: device seconds in all, and so far. share: its owner's weight."""
+    """A job as the scheduler sees it.
+
+    cost, spent: device seconds in all, as estimated when it came, and so far. share: its owner's weight.
+    left: device seconds still to go, where that is known better by now.
+    """
 
     id: str
     owner: str
@@ -34,6 +38,7 @@ class Entry:
     cost: float
     spent: float = 0.0
     share: float = 1.0
+    left: float | None = None
 
     @property
     def flow(self) -> Flow:
@@ -49,7 +54,7 @@ class Entry:
 
     @property
     def remaining(self) -> float:
-        return max(self.cost - self.spent, 0.0)
+        return max(self.cost - self.spent, 0.0) if self.left is None else self.left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +94,14 @@ class Scheduler:
     def charge(self, job_id: str, seconds: float) -> None:
         """A job has had so much device time."""
         entry = self._entries[job_id]
-        self._entries[job_id] = dataclasses.replace(entry, spent=entry.spent + seconds)
+        left = None if entry.left is None else max(entry.left - seconds, 0.0)
+        self._entries[job_id] = dataclasses.replace(entry, spent=entry.spent + seconds, left=left)
         self._had[entry.flow] += seconds / entry.weight
         self._floor = self._lowest()
+
+    def expect(self, job_id: str, left: float) -> None:
+        """A job will take so much more device time. When it is due stays as it was."""
+        self._entries[job_id] = dataclasses.replace(self._entries[job_id], left=left)
 
     def pick(self, among: Collection[str] | None = None) -> str | None:
         """The job to go on with, of all or of these."""

@@ -74,7 +74,7 @@ async def healthz(service: ServiceOf):
 async def readyz(service: ServiceOf):
     """200 when jobs are taken."""
     if not service.is_ready:
-        raise ServiceError(503, service.failure or "the models are being loaded", code="not_ready", retry_after=2)
+        raise ServiceError(503, service.failure or "the models are being loaded", code="not_ready", retry_after=2.0)
     return Health(status="ready")
 
 

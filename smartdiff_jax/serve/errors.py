@@ -8,8 +8,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
+from smartdiff_jax.engine.artifacts import StorageFailed
 from smartdiff_jax.errors import InvalidField
 
 log = logging.getLogger("smartdiff")
@@ -86,6 +88,10 @@ def install(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    async def away(request: Request, error: Any) -> JSONResponse:
+        log.error("%s %s: %s", request.method, request.url.path, str(error).splitlines()[0])
+        return answer(ServiceError(503, "the store of jobs cannot be reached", code="store_unavailable", retry_after=1.0))
+
     async def crashed(request: Request, error: Any) -> JSONResponse:
         log.exception("%s %s", request.method, request.url.path, exc_info=error)
         return answer(ServiceError(500, "the service failed; its log tells more", code="internal_error"))
@@ -94,6 +100,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(InvalidField, invalid)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, plain)
+    app.add_exception_handler(DBAPIError, away)
+    app.add_exception_handler(StorageFailed, away)
     app.add_exception_handler(Exception, crashed)
 
 

@@ -70,7 +70,7 @@ class Service:
     def engine(self) -> Any:
         """Raises 503 until it is loaded."""
         if self._engine is None:
-            raise ServiceError(503, self._failure or "the models are being loaded", code="not_ready", retry_after=2)
+            raise ServiceError(503, self._failure or "the models are being loaded", code="not_ready", retry_after=2.0)
         return self._engine
 
     def caller(self, request: Request) -> ApiKey:

@@ -126,6 +126,19 @@ def test_leaving_and_coming_back_forgives_no_debt():
     assert scheduler.pick() == "b"
 
 
+def test_what_is_left_is_told_as_it_is_learnt_and_changes_no_turn():
+    scheduler = Scheduler()
+    scheduler.put(entry("a", cost=1.0)), scheduler.put(entry("b", cost=2.0))
+    scheduler.charge("a", 5.0)  # it took longer than was thought
+    assert scheduler.forecast()["a"].seconds == 0.0
+    scheduler.expect("a", 4.0)
+    scheduler.charge("a", 1.0)
+    forecast = scheduler.forecast()
+    assert (forecast["a"].seconds, forecast["b"].seconds) == (3.0, 5.0) and scheduler.pick() == "a"
+    scheduler.charge("a", 9.0)
+    assert scheduler.forecast()["a"].seconds == 0.0
+
+
 def test_pick_obeys_what_may_run():
     scheduler = Scheduler()
     for name in "ab":
@@ -167,6 +180,9 @@ def test_costs_learn_and_scale_by_tokens():
     found = costs.estimate(work)
     assert (found.step, found.decode, found.measured) == (pytest.approx(0.2), pytest.approx(1.0), True)
     assert found.total == pytest.approx(2 * (10 * 0.2 + 1.0))
+    assert costs.left(work, "denoise", 0.0) == pytest.approx(found.total)
+    assert costs.left(work, "denoise", 0.5) == pytest.approx(2 * (5 * 0.2 + 1.0))
+    assert costs.left(work, "decode", 0.5) == pytest.approx(1.0)
     larger = costs.estimate(dataclasses.replace(work, tokens=300))
     assert larger.step == pytest.approx(0.6) and not larger.measured
     for _ in range(60):

@@ -46,7 +46,7 @@ def start(model, config, folder, *arguments, ready=True):
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, stderr=out, stdout=out, env=os.environ | {"XLA_FLAGS": ""})
     server = Server(process, "", folder, log)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()
         if found := re.search(r"listening on (\S+)", log.read_text()):
@@ -55,4 +55,6 @@ def start(model, config, folder, *arguments, ready=True):
                 if not ready or httpx2.get(f"{server.url}/readyz").status_code == 200:
                     return server
         time.sleep(0.05)
+    process.kill()
+    process.wait()
     raise AssertionError(log.read_text())

@@ -14,7 +14,7 @@ from running import CLIP, COMMAND, SMALL
 from smartdiff_jax.client import ServiceError
 
 
-def wait(client, job, *states, seconds=90):
+def wait(client, job, *states, seconds=300):
     until = time.monotonic() + seconds
     while (now := client.get(job.id)).state not in (states or ("succeeded", "failed", "cancelled")):
         assert time.monotonic() < until, now
@@ -30,7 +30,7 @@ def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server
     with first.client() as client:
         job = client.submit("a red fox", **video)
         checkpoint = tmp_path / "artifacts" / job.id / "checkpoint.safetensors"
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         while not (checkpoint.exists() and 0 < client.get(job.id).progress < 1):
             assert time.monotonic() < until, client.get(job.id)
             time.sleep(0.01)
@@ -60,8 +60,8 @@ def test_a_full_queue_says_when_to_come_again_and_a_key_what_it_may(model, confi
     server = running.start(model, config, tmp_path, "--keys", "keys.yaml", "--host", "0.0.0.0")
     try:
         for key in (None, "wrong"):
-            with pytest.raises(ServiceError) as raised:
-                server.client(api_key=key).jobs()
+            with server.client(api_key=key) as client, pytest.raises(ServiceError) as raised:
+                client.jobs()
             assert raised.value.status == 401 and raised.value.code == "invalid_api_key"
         assert httpx2.get(f"{server.url}/healthz").status_code == 200
         with server.client(api_key=ann) as client, server.client(api_key=bob) as other:
@@ -96,7 +96,7 @@ def test_a_full_queue_says_when_to_come_again_and_a_key_what_it_may(model, confi
 )
 def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     done = subprocess.run(
-        [*COMMAND, "serve", "--port", "0", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [*COMMAND, "serve", "--port", "0", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
@@ -105,6 +105,6 @@ def test_a_port_in_use_is_one_line(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command = [*COMMAND, "serve", "--port", str(taken.getsockname()[1])]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"}
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}
         )
     assert done.returncode == 2 and "port=" in done.stderr and "in use" in done.stderr, done.stderr
