@@ -2,6 +2,7 @@
 
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.blockdance import BlockDance
+from smartdiff_jax.cache.ditango import DiTango
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
 from smartdiff_jax.cache.none import NoCache
@@ -22,6 +23,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "blockdance": BlockDance,
         "taylorseer": TaylorSeer,
         "pab": PyramidAttentionBroadcast,
+        "ditango": DiTango,
     },
     error=InvalidRequest,
 )

@@ -85,6 +85,10 @@ class LocalAttend:
         """As `MeshAttend.for_length`."""
         return LocalAttend(self._kernel, num_tokens)
 
+    def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
+        """As `MeshAttend.remote_shapes`, which one device has not."""
+        raise _no_ring(1)
+
     def self_attention(self, tokens):
         q, k, v = tokens
         return _attend(self._kernel, q, k, v, Chunks(1, q.shape[1], 0, self._num_tokens, None))
@@ -142,9 +146,7 @@ class MeshAttend:
     def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
         """Of what `attention_with_remote` holds. Raises InvalidConfig on a mesh that nothing goes round on."""
         if self.mesh.shape["ring"] == 1 or self.ring != "permute":
-            raise InvalidConfig(
-                "mesh.ring", self.mesh.shape["ring"], "must be 2 or more for keys of other devices to be left out"
-            )
+            raise _no_ring(self.mesh.shape["ring"])
         batch, _, heads, width = tokens.q.shape
         lengths = [padded_length(stream.q.shape[1], self.mesh) for stream in (tokens, text) if stream is not None]
         return Remote(
@@ -323,6 +325,10 @@ def wrap(
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:
     """Attention to all keys at once: the first chunk is the whole."""
     return kernel(q, k, v, kv_length=None if chunks.all_count else chunks.lengths(0, q.shape[0]))[0]
+
+
+def _no_ring(size: int) -> InvalidConfig:
+    return InvalidConfig("mesh.ring", size, "no keys of other devices go round, and so none can be left out; give 2 or more")
 
 
 def _joined(tokens: QKV, text: QKV) -> QKV:
