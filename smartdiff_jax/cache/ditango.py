@@ -24,9 +24,10 @@ BISECTIONS = 40
 
 
 class DiTangoParams(GuardParams):
-    """share: of all remote parts of a run, how many are to be held; 0 computes them all, and more than can be is as many as can.
+    """share: of all remote parts of a run, how many are to be held; 0 computes all, and what cannot be reached comes near.
 
     anchor_interval: steps from one anchor to the next. max_interval: the longest that a block waits. power: of c.
+    mask: where it does not say to compute, blocks go by their intervals.
     """
 
     share: float = Field(0.5, ge=0.0, le=1.0)

@@ -157,8 +157,10 @@ class MeshAttend:
     def attention_with_remote(
         self, tokens: QKV, text: QKV | None, text_length: Array | None, held: "Remote", fresh: Bool[Array, ""]
     ) -> tuple[Array, Array | None, "Remote"]:
-        """Self-attention, or joint attention with text, to this device's keys and, merged with it, to those of the others of its
-        ring: computed if `fresh`, else `held`, and then nothing goes round. Returns what is held from then on as well."""
+        """Self-attention, or joint attention with text, whose part from the keys of a ring's other devices is computed if `fresh`.
+
+        Else it is `held`, and nothing goes round. Returns what is held from then on as well.
+        """
         return self._split_attention(tokens, text, text_length, held, fresh)
 
     def cross_attention(self, q, k, v, *, text_length=None):
@@ -293,7 +295,7 @@ class MeshAttend:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """What the keys of a ring's other devices gave to each stream (tokens, and text if it takes part), padded and split as tokens.
+    """What the keys of a ring's other devices gave to tokens, and to text if it takes part; padded, and split as tokens.
 
     out: [b, s, h * d] each, in the queries' dtype. lse: its log-sum-exp, float32 [b, s, h] each.
     """

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
 
-
 Part = tuple[Array, Array]
 """Attention to some of the keys: out float32 [b, s, h, d] and its log-sum-exp [b, h, s]."""
 
