@@ -157,7 +157,7 @@ class MeshAttend:
     def attention_with_remote(
         self, tokens: QKV, text: QKV | None, text_length: Array | None, held: "Remote", fresh: Bool[Array, ""]
     ) -> tuple[Array, Array | None, "Remote"]:
-        """Self-attention, or joint attention with text, whose part from the keys of a ring's other devices is computed if `fresh`.
+        """Self-attention, or joint attention with text, whose part from a ring's other devices is computed if `fresh`.
 
         Else it is `held`, and nothing goes round. Returns what is held from then on as well.
         """
