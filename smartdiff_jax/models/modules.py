@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.layers import scan_blocks
-from smartdiff_jax.sharding.context_parallel import MeshAttend
 
 T = TypeVar("T")
 Out = Any
@@ -119,11 +118,12 @@ class HeldModules(_Wrapped):
 class HeldRemotes(HeldModules):
     """The same for attention around a ring of devices: of each block the part that comes from the other devices is held.
 
+    attend: one that has `remote_shapes` and `attention_with_remote`, as all that context parallelism wraps have the former.
     held: for each scan {"fresh": bool [n], whether a block's is computed, "remote": it, "mean": what the block attended to, the
     mean of its features [n b s 1]}.
     """
 
-    def __init__(self, attend: MeshAttend, held: Held):
+    def __init__(self, attend: Any, held: Held):
         super().__init__(attend, _compute, held)
 
     def _of_block(self, own: Mapping[str, Any]) -> Any:
