@@ -4,6 +4,7 @@ from smartdiff_jax.cache.auto import Auto
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.blockdance import BlockDance
 from smartdiff_jax.cache.cfgcache import CFGCache
+from smartdiff_jax.cache.ditango import DiTango
 from smartdiff_jax.cache.easycache import EasyCache
 from smartdiff_jax.cache.first_block import DualBlockCache, FirstBlockCache
 from smartdiff_jax.cache.magcache import MagCache
@@ -32,6 +33,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "schedule": Schedule,
         "pab": PyramidAttentionBroadcast,
         "cfgcache": CFGCache,
+        "ditango": DiTango,
     },
     error=InvalidRequest,
 )

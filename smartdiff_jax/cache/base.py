@@ -92,6 +92,17 @@ class Stack(Protocol):
         """All blocks, with `around` between each module and its block; and what is held after."""
         ...
 
+    def remotes(self) -> Held:
+        """What a ring's other devices give to each block, as shapes and dtypes. Raises InvalidConfig without a ring.
+
+        Of each scan {"fresh": bool [n], "remote": ..., "mean": float32 [n b s 1], the mean feature of what was attended to}.
+        """
+        ...
+
+    def run_remotes(self, held: Held) -> tuple[Hidden, Held]:
+        """All blocks; what other devices give is computed where "fresh" says so, else it is what is held."""
+        ...
+
     def modulated_input(self) -> Float[Array, "b s d"]:
         """The modulated input of block 0, computed only if asked for."""
         ...

@@ -97,11 +97,14 @@ class HeldModules(_Wrapped):
         self._around, self._held = around, held
         self.after: Held = ()
 
+    def _of_block(self, own: Mapping[str, Any]) -> Any:
+        return _BlockAttend(self._attend, self._around, own)
+
     def scan(self, blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T, Any], T], hidden: T) -> T:
         def remembering(block, carry):
             hidden, held, at = carry
             own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), held)
-            attend = _BlockAttend(self._attend, self._around, own)
+            attend = self._of_block(own)
             hidden = call(block, hidden, attend)
             held = jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, at, 0), held, attend.held)
             return hidden, held, at + 1
@@ -112,11 +115,37 @@ class HeldModules(_Wrapped):
         return hidden
 
 
+class HeldRemotes(HeldModules):
+    """The same for attention around a ring of devices: of each block the part that comes from the other devices is held.
+
+    attend: one that has `remote_shapes` and `attention_with_remote`, as all that context parallelism wraps have the former.
+    held: for each scan {"fresh": bool [n], whether a block's is computed, "remote": it, "mean": what the block attended to, the
+    mean of its features [n b s 1]}.
+    """
+
+    def __init__(self, attend: Any, held: Held):
+        super().__init__(attend, _compute, held)
+
+    def _of_block(self, own: Mapping[str, Any]) -> Any:
+        return _RemoteAttend(self._attend, own)
+
+
 def module_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     """What the modules give, as shapes and dtypes stacked like `Held`. run: all blocks, for an `Attend`."""
-    recorder = _Recorder(attend)
+    recorder = _Recorder(attend, lambda: _BlockAttend(attend, _compute, {}))
     jax.eval_shape(lambda: run(recorder))
     return recorder.shapes
+
+
+def remote_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
+    """The same for `HeldRemotes`. Raises InvalidConfig where no attention goes around a ring."""
+    recorder = _Recorder(attend, lambda: _RemoteAttend(attend, {}))
+    jax.eval_shape(lambda: run(recorder))
+    return recorder.shapes
+
+
+def _compute(name: str, held: Out, compute: Callable[[], Out]) -> Out:
+    return compute()
 
 
 class _BlockAttend(_Wrapped):
@@ -132,16 +161,41 @@ class _BlockAttend(_Wrapped):
         return self.held[name]
 
 
+class _RemoteAttend(_Wrapped):
+    """The `Attend` of one block, one of whose attentions goes around the ring. held: see `HeldRemotes`; empty at first."""
+
+    def __init__(self, attend: Any, held: Mapping[str, Any]):
+        super().__init__(attend)
+        self.held = dict(held)
+
+    def self_attention(self, tokens):
+        return self._around_the_ring(tokens, None, None)[0]
+
+    def joint_attention(self, tokens, text, *, text_length=None):
+        return self._around_the_ring(tokens, text, text_length)
+
+    def _around_the_ring(self, tokens: QKV, text: QKV | None, text_length: Any) -> tuple[Any, Any]:
+        attend: Any = self._attend
+        if not self.held:
+            shapes = attend.remote_shapes(tokens, text)
+            self.held = {"fresh": jnp.bool_(True), "remote": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}
+        fresh = self.held["fresh"]
+        out, text_out, remote = attend.attention_with_remote(tokens, text, text_length, self.held["remote"], fresh)
+        mean = jnp.mean(out.astype(jnp.float32), axis=(2, 3))[..., None]
+        self.held = {"fresh": fresh, "remote": remote, "mean": mean}
+        return out, text_out
+
+
 class _Recorder(HeldModules):
-    def __init__(self, attend: Attend):
-        super().__init__(attend, lambda name, held, compute: compute(), ())
-        self.shapes: Held = ()
+    def __init__(self, attend: Attend, of_block: Callable[[], Any]):
+        super().__init__(attend, _compute, ())
+        self._new, self.shapes = of_block, ()
 
     def scan(self, blocks, lo, hi, call, hidden):
         shapes: dict[str, Out] = {}
 
         def recording(block, hidden):
-            attend = _BlockAttend(self._attend, self._around, {})
+            attend = self._new()
             hidden = call(block, hidden, attend)
             shapes.update(attend.held)
             return hidden

@@ -28,13 +28,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
-from smartdiff_jax.sharding.ring import ring_attention
-from smartdiff_jax.sharding.ulysses import split_heads, split_sequence
+from smartdiff_jax.sharding.ring import Part, merge, own_and_remote, own_chunk, ring_attention
+from smartdiff_jax.sharding.ulysses import split_heads, split_sequence, split_sequence_of_lse
 
 SEQUENCE = ("ring", "ulysses")
 
@@ -84,6 +84,10 @@ class LocalAttend:
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
         return LocalAttend(self._kernel, num_tokens)
+
+    def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
+        """As `MeshAttend.remote_shapes`, which one device has not."""
+        raise _no_ring(1)
 
     def self_attention(self, tokens):
         q, k, v = tokens
@@ -137,7 +141,27 @@ class MeshAttend:
         return self._split_attention(tokens, None, None)[0]
 
     def joint_attention(self, tokens, text, *, text_length=None):
-        return self._split_attention(tokens, text, text_length)
+        return self._split_attention(tokens, text, text_length)[:2]
+
+    def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
+        """Of what `attention_with_remote` holds. Raises InvalidConfig on a mesh that nothing goes round on."""
+        if self.mesh.shape["ring"] == 1 or self.ring != "permute":
+            raise _no_ring(self.mesh.shape["ring"])
+        batch, _, heads, width = tokens.q.shape
+        lengths = [padded_length(stream.q.shape[1], self.mesh) for stream in (tokens, text) if stream is not None]
+        return Remote(
+            tuple(jax.ShapeDtypeStruct((batch, length, heads * width), tokens.q.dtype) for length in lengths),
+            tuple(jax.ShapeDtypeStruct((batch, length, heads), jnp.float32) for length in lengths),
+        )
+
+    def attention_with_remote(
+        self, tokens: QKV, text: QKV | None, text_length: Array | None, held: "Remote", fresh: Bool[Array, ""]
+    ) -> tuple[Array, Array | None, "Remote"]:
+        """Self-attention, or joint attention with text, whose part from a ring's other devices is computed if `fresh`.
+
+        Else it is `held`, and nothing goes round. Returns what is held from then on as well.
+        """
+        return self._split_attention(tokens, text, text_length, held, fresh)
 
     def cross_attention(self, q, k, v, *, text_length=None):
         def local(q, k, v, length):
@@ -154,8 +178,10 @@ class MeshAttend:
         _, whole, rows = self._specs(text.q)
         return self._shard_map(local, (whole, rows), whole)(text, text_length)
 
-    def _split_attention(self, tokens: QKV, text: QKV | None, text_length: Array | None) -> tuple[Array, Any]:
-        """Attention of all streams to all streams: the tokens' part, and the text's where there is text."""
+    def _split_attention(
+        self, tokens: QKV, text: QKV | None, text_length: Array | None, held: Any = None, fresh: Array | None = None
+    ) -> tuple[Array, Any, Any]:
+        """Attention of all streams to all streams: the tokens' part, the text's where there is text, and what is held."""
         batch, size, heads, _ = tokens.q.shape
         pieces = _size(self.mesh, SEQUENCE)
         check_heads(self.mesh, heads)
@@ -167,14 +193,22 @@ class MeshAttend:
 
         split, whole, rows = self._specs(tokens.q)
         text_split = split if self.text == "split" else whole
-        run = self._shard_map(self._local, (split, split, PartitionSpec(), rows), (split, text_split))
+        everywhere = PartitionSpec()
+        run = self._shard_map(self._local, (split, split, everywhere, rows, split, everywhere), (split, text_split, split))
         operands = jax.tree.map(self._padded, (tokens, text))
-        out, text_out = run(*operands, None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32), text_length)
-        return out[:, :size], None if text_out is None else text_out[:, :text_size]
+        num_tokens = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
+        out, text_out, held = run(*operands, num_tokens, text_length, held, fresh)
+        return out[:, :size], None if text_out is None else text_out[:, :text_size], held
 
     def _local(
-        self, tokens: QKV, text: QKV | None, num_tokens: Array | None, text_length: Array | None
-    ) -> tuple[Array, Array | None]:
+        self,
+        tokens: QKV,
+        text: QKV | None,
+        num_tokens: Array | None,
+        text_length: Array | None,
+        held: Any,
+        fresh: Array | None,
+    ) -> tuple[Array, Array | None, Any]:
         """One device's part of `_split_attention`, on its pieces."""
         size, ring, ulysses = tokens.q.shape[1], self.mesh.shape["ring"], self.mesh.shape["ulysses"]
         chunks = Chunks(ulysses, size, 0 if text is None else text.q.shape[1], num_tokens, text_length)
@@ -182,21 +216,55 @@ class MeshAttend:
         q, kv = split_heads(piece, "ulysses") if ulysses > 1 else (piece.q, jnp.stack(piece[1:]))
         if ring > 1 and self.ring == "permute":
             kv = chunks.arrange(kv, lax.axis_index("ring"))
-            out = ring_attention(self.kernel, q, kv, "ring", chunks)
+            if held is None:
+                out = ring_attention(self.kernel, q, kv, "ring", chunks)
+            else:
+                out, held = self._with_remote(q, kv, chunks, held, fresh)
         else:
             if ring > 1:
                 kv = lax.all_gather(kv, "ring", axis=2, tiled=True)
                 chunks = dataclasses.replace(chunks, blocks=ring * ulysses)
             k, v = chunks.arrange(kv, 0)
             out = _attend(self.kernel, q, k, v, chunks)
-        if ulysses > 1:
+        if ulysses > 1 and held is None:
             out = split_sequence(out, "ulysses")
         if text is None:
-            return out, None
+            return out, None, held
         out, text_out = out[:, :size], out[:, size:]
         if self.text == "replicated" and ring * ulysses > 1:
             text_out = lax.all_gather(text_out, SEQUENCE, axis=1, tiled=True)
-        return out, text_out
+        return out, text_out, held
+
+    def _with_remote(self, q: Array, kv: Array, chunks: Chunks, held: "Remote", fresh: Any) -> tuple[Array, "Remote"]:
+        """Attention of a device's queries by its own keys and the others', split along the sequence as what is held is."""
+        dtype = q.dtype
+
+        def split(part: Part) -> Part:
+            out, lse = part
+            if self.mesh.shape["ulysses"] == 1:
+                return out, lse
+            return split_sequence(out, "ulysses"), split_sequence_of_lse(lse, "ulysses")
+
+        def compute(held: Part) -> tuple[Part, Part]:
+            own, (out, lse) = own_and_remote(self.kernel, q, kv, "ring", chunks)
+            out, lse = split((out, lse))
+            return own, (out.astype(dtype), lse)
+
+        def reuse(held: Part) -> tuple[Part, Part]:
+            return own_chunk(self.kernel, q, kv, "ring", chunks), held
+
+        heads = held.lse[0].shape[-1]
+        out = jnp.concatenate(held.out, axis=1)
+        flat = out.shape
+        lse = jnp.swapaxes(jnp.concatenate(held.lse, axis=1), 1, 2)
+        # Every device takes the same branch, or those that compute would wait for the others forever.
+        own, (out, lse) = lax.cond(fresh, compute, reuse, (out.reshape(*flat[:2], heads, -1), lse))
+        merged, _ = merge(*split(own), out.astype(jnp.float32), lse)
+        cuts = [stream.shape[1] for stream in held.out[:-1]]
+        remote = Remote(
+            tuple(jnp.split(out.reshape(flat), cuts, axis=1)), tuple(jnp.split(jnp.swapaxes(lse, 1, 2), cuts, axis=1))
+        )
+        return merged.astype(dtype), remote
 
     def _specs(self, x: Array) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
         """Where arrays [b, s, h, d] lie, split along s and whole along it, and arrays [b]."""
@@ -224,6 +292,19 @@ class MeshAttend:
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """What the keys of a ring's other devices gave to tokens, and to text if it takes part; padded, and split as tokens.
+
+    out: [b, s, h * d] each, in the queries' dtype. lse: its log-sum-exp, float32 [b, s, h] each.
+    """
+
+    # Not annotated with shapes: the loop stacks what it carries, and asks for shapes alone.
+    out: Any
+    lse: Any
+
+
 @cache
 def wrap(
     kernel: AttentionFn,
@@ -246,6 +327,10 @@ def wrap(
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:
     """Attention to all keys at once: the first chunk is the whole."""
     return kernel(q, k, v, kv_length=None if chunks.all_count else chunks.lengths(0, q.shape[0]))[0]
+
+
+def _no_ring(size: int) -> InvalidConfig:
+    return InvalidConfig("mesh.ring", size, "no keys of other devices go round, and so none can be left out; give 2 or more")
 
 
 def _joined(tokens: QKV, text: QKV) -> QKV:

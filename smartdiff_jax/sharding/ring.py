@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
 
+Part = tuple[Array, Array]
+"""Attention to some of the keys: out float32 [b, s, h, d] and its log-sum-exp [b, h, s]."""
+
 
 def ring_attention(
     kernel: AttentionFn,
@@ -26,17 +29,39 @@ def ring_attention(
     A Python loop and not a scan, which would permute once more than needed and copy K and V every turn. Keys and values
     travel in one permute, issued before the attention it can hide behind.
     """
+    return _merged(_parts(kernel, q, kv, axis, chunks))[0].astype(q.dtype)
+
+
+def own_and_remote(kernel: AttentionFn, q: Array, kv: Array, axis: str, chunks: Chunks) -> tuple[Part, Part]:
+    """`ring_attention` before its last merge: attention to this device's own chunk, and to those of all others."""
+    own, *others = _parts(kernel, q, kv, axis, chunks)
+    return own, _merged(others)
+
+
+def own_chunk(kernel: AttentionFn, q: Array, kv: Array, axis: str, chunks: Chunks) -> Part:
+    """Attention to this device's own chunk, without any communication."""
+    length = None if chunks.all_count else chunks.lengths(lax.axis_index(axis), q.shape[0])
+    return _attend(kernel, q, kv, length)
+
+
+def _parts(kernel: AttentionFn, q: Array, kv: Array, axis: str, chunks: Chunks) -> list[Part]:
+    """Attention to each chunk, this device's own first."""
     size, own = lax.axis_size(axis), lax.axis_index(axis)
     onward = [(device, (device + 1) % size) for device in range(size)]
-    merged = None
+    parts = []
     for turn in range(size):
         following = lax.ppermute(kv, axis, onward) if turn + 1 < size else kv
         length = None if chunks.all_count else chunks.lengths((own - turn) % size, q.shape[0])
-        part = _attend(kernel, q, kv, length)
-        merged = part if merged is None else merge(*merged, *part)
+        parts.append(_attend(kernel, q, kv, length))
         kv = following
-    assert merged is not None, "an axis has at least one device"
-    return merged[0].astype(q.dtype)
+    return parts
+
+
+def _merged(parts: list[Part]) -> Part:
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merge(*merged, *part)
+    return merged
 
 
 def _attend(kernel: AttentionFn, q: Array, kv: Array, length: Array | None) -> tuple[Array, Array]:

@@ -22,3 +22,8 @@ def split_heads(stream: QKV, axis: str) -> tuple[Float[Array, "b t g d"], Float[
 def split_sequence(out: Float[Array, "b t g d"], axis: str) -> Float[Array, "b s h d"]:
     """The way back."""
     return lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def split_sequence_of_lse(lse: Float[Array, "b g t"], axis: str) -> Float[Array, "b h s"]:
+    """The way back of a log-sum-exp."""
+    return lax.all_to_all(lse, axis, split_axis=2, concat_axis=1, tiled=True)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from smartdiff_jax.cache.base import CachePolicy, Step
 from smartdiff_jax.kernels.base import Attend, PaddedAttend
 from smartdiff_jax.models.family import Conditioning
-from smartdiff_jax.models.modules import HeldModules, module_shapes
+from smartdiff_jax.models.modules import HeldModules, HeldRemotes, module_shapes, remote_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
@@ -218,6 +218,13 @@ class _Stack:
 
     def run_modules(self, around, held):
         attend = HeldModules(self.attend, around, held)
+        return self._run_all(attend), attend.after
+
+    def remotes(self):
+        return remote_shapes(self._run_all, self.attend)
+
+    def run_remotes(self, held):
+        attend = HeldRemotes(self.attend, held)
         return self._run_all(attend), attend.after
 
     def _run_all(self, attend):

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from golden_weights import load_golden
 
-from smartdiff_jax.cache.base import Step
+from smartdiff_jax.cache.base import Stack, Step
 from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models import flux1, wan
@@ -33,7 +33,7 @@ MODELS = {"cache_wan": wan, "cache_flux1": flux1}
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ToyStack:
+class ToyStack(Stack):
     """Block l adds parts[l] to the stream; what the decisions look at is given."""
 
     hidden: Any
