@@ -25,6 +25,7 @@ from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams, resolve
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine.hosts import Lead
 from smartdiff_jax.engine.loading import LoadedModel, load_model
 from smartdiff_jax.engine.output import GenerateOutput, Report
 from smartdiff_jax.errors import Cancelled, InvalidConfig, InvalidRequest
@@ -35,6 +36,7 @@ from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Schedule
 from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
+from smartdiff_jax.sharding.multihost import fetch
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.decode import Decode
 from smartdiff_jax.stages.denoise import DenoiseCarry, DenoiseLoop, denoise, split_experts
@@ -66,6 +68,7 @@ class Pipeline:
         self.spec: ModelSpec = model.spec
         self.system = system
         self._model = model
+        self._lead: Lead | None = None
         layout = Layout(model.mesh)
         check_heads(model.mesh, model.num_heads)
         if system.mesh.cfg > 1 and model.spec.sampling.guidance != "cfg":
@@ -123,7 +126,12 @@ class Pipeline:
             system = SystemConfig.from_file(system)
         changes = {name: value for name, value in (("mesh", mesh), ("dtype", dtype)) if value is not None}
         system = SystemConfig.create(**(system.model_dump() | changes))
-        return cls(load_model(model, weights, system), system)
+        if system.hosts is None:
+            return cls(load_model(model, weights, system), system)
+        lead = Lead(system.hosts)
+        pipe = cls(lead.load(model, weights, system), system)
+        pipe._lead = lead
+        return pipe
 
     def __call__(
         self,
@@ -172,7 +180,19 @@ class Pipeline:
     def stream(
         self, request: GenerateParams, inputs: Inputs = Inputs(), output_type: str = "uint8"
     ) -> Iterator[Progress | GenerateOutput]:
-        """The request as a generator: Progress between chunks, the GenerateOutput last."""
+        """The request as a generator: Progress between chunks, the GenerateOutput last.
+
+        On several hosts HostLost, as soon as one is lost.
+        """
+        if self._lead is None:
+            return self.events(request, inputs, output_type)
+        request = request.model_copy(update={"seed": self.check(request).seed})
+        return self._lead.stream(self.events(request, inputs, output_type), request, inputs, output_type)
+
+    def events(
+        self, request: GenerateParams, inputs: Inputs = Inputs(), output_type: str = "uint8"
+    ) -> Iterator[Progress | GenerateOutput]:
+        """`stream` of this host alone: on several hosts all must take each step of it."""
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
         params = self.check(request)
@@ -200,12 +220,13 @@ class Pipeline:
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
         padded = num_tokens if self._layout.padding(num_tokens) else None
         total = params.num_inference_steps * len(batches)
+        chunk = 1 if jax.process_count() > 1 else None  # a clock would choose otherwise on each host
         for number, batch in enumerate(batches):
             # Every device of the data axis gets as many outputs: the last is made again where they do not divide.
             indices = [min(index, num_outputs - 1) for index in batch]
             tokens = self._pack(self._noise(params.seed, shape, indices) if noise is None else noise[indices])
             policy = POLICIES[params.cache]()
-            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded):
+            for event in denoise(self._loop, experts, tokens, branches, schedule, scales, policy, sampler, padded, chunk):
                 if isinstance(event, Progress):
                     yield Progress("denoise", number * params.num_inference_steps + event.done, total)
                 else:
@@ -213,11 +234,11 @@ class Pipeline:
                     wanted = range(batch.start, min(batch.stop, num_outputs))
                     steps += [_executed(event, schedule)] * len(wanted)
             clock.lap("denoise", result)
-            results.append(np.asarray(result)[: len(wanted)])
+            results.append(fetch(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
                 one = results[-1][index - batch.start : index - batch.start + 1]
-                frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
+                frames.append(fetch(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
 
@@ -234,7 +255,7 @@ class Pipeline:
             },
             mesh=describe(self._model.mesh),
             dtype=self._model.dtype.name,
-            peak_memory=_peak_memory(self._model.mesh.devices.flat[0]),
+            peak_memory=_peak_memory(self._model.mesh.local_devices[0]),
             notes=encoded.notes,
         )
         yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
