@@ -97,7 +97,6 @@ def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, me
     if plan.residency == "stage":
         rows.append(("", "one component at a time, the others in pinned host memory"))
     rows += [(f"  {name}", f"{size / GB:8.2f} GB") for name, size in parts.items()]
-    rows.append(("decoding", _decoding(plan)))
     rows.append(("sent by a device", f"{sum(plan.traffic.values()) / 1e6:,.1f} MB a step"))
     rows += [(f"  {name}", f"{size / 1e6:8,.1f} MB") for name, size in plan.traffic.items()]
     rows.append(("step", _step(plan, single, mesh.data)))
@@ -131,15 +130,6 @@ def _step(plan: "Plan", single: "Plan", outputs: int) -> str:
     of_outputs = f"for {outputs} outputs, " if outputs > 1 else ""
     faster = single.step(outputs) / plan.step(outputs)
     return f"{_ms(plan.step(outputs))}, {of_outputs}{faster:.2f}x one device, as predicted for H100 and H200"
-
-
-def _decoding(plan: "Plan") -> str:
-    rows, columns = plan.decoding_split
-    devices, used = plan.mesh.num_devices, rows * columns
-    if used == 1:
-        return "whole" if devices == 1 else f"whole on every device: rows and columns of the latents do not divide by {devices}"
-    idle = "" if used == devices else f"; no more of the {devices} devices divide it"
-    return f"{rows} x {columns} pieces of the picture (rows x columns){idle}"
 
 
 def _ms(seconds: float) -> str:

@@ -75,21 +75,13 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.batch_axes, SEQUENCE)))
 
     def picture(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Of latents [b, c, f, h, w] on their way to pixels: cut into rows x columns of equal pieces, one a device.
-
-        As many pieces as the devices and the picture divide into; of several ways the one with the shortest cuts. Devices
-        that are left repeat what others do. The devices are those of the mesh in the same order, but with other axes.
-        """
-        devices, (rows, columns) = self.mesh.size, shape[3:]
-        ways = [
-            (-r * c, (r - 1) * columns + (c - 1) * rows, r, c)
-            for r in range(1, devices + 1)
-            for c in range(1, devices // r + 1)
-            if devices % (r * c) == 0 and rows % r == 0 and columns % c == 0
-        ]
-        _, _, r, c = min(ways)
-        pieces = Mesh(self.mesh.devices.reshape(devices // (r * c), r, c), ("repeated", "rows", "columns"))
-        return NamedSharding(pieces, PartitionSpec(None, None, None, "rows", "columns"))
+        """Of latents [b, c, f, h, w] on their way to pixels: rows, or else columns, over as many devices as divide them."""
+        for axis in (3, 4):
+            if shape[axis] % self.mesh.size == 0:
+                spec: list[Any] = [None] * 5
+                spec[axis] = tuple(name for name in self.mesh.axis_names if self.mesh.shape[name] > 1) or None
+                return NamedSharding(self.mesh, PartitionSpec(*spec))
+        return self.replicated
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:

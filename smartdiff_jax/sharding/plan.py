@@ -31,7 +31,6 @@ class Plan:
     tokens_per_device: padding included, of which `padding` on all devices together.
     heads_per_device: in attention. weights: by component. reserved: see Rates.
     denoising: activations and gathered layers. decoding: activations. Those of text encoders are not counted: they are small.
-    decoding_split: into how many rows and columns of the picture.
     residency: which weights are on a device at a time (SystemConfig.residency).
     traffic: bytes sent in a step, by what is sent.
     seconds: of a step, by what takes them; {} in float32, which has no measured rates.
@@ -46,7 +45,6 @@ class Plan:
     reserved: int
     denoising: int
     decoding: int
-    decoding_split: tuple[int, int]
     residency: str
     traffic: dict[str, int]
     seconds: dict[str, float]
@@ -111,7 +109,6 @@ def plan_mesh(
         reserved=rates.reserved + (rates.buffers if mesh.num_devices > 1 else 0),
         denoising=activation_bytes(work, mesh, evaluations if batched else 1) + gathered_bytes(work, mesh),
         decoding=decoder_bytes(work, mesh),
-        decoding_split=decoder_split(work, mesh),
         residency=residency,
         traffic=sent,
         seconds=seconds,
@@ -146,14 +143,9 @@ def gathered_bytes(work: Workload, mesh: MeshConfig) -> int:
 
 
 def decoder_bytes(work: Workload, mesh: MeshConfig) -> int:
-    """The decoder's activations on a device."""
-    return work.decoder // math.prod(decoder_split(work, mesh))
-
-
-def decoder_split(work: Workload, mesh: MeshConfig) -> tuple[int, int]:
-    """Into how many rows and columns the picture is cut while it is decoded (Layout.picture)."""
-    pieces = Layout(mesh_of_numbers(mesh)).picture(work.latent_shape).mesh
-    return pieces.shape["rows"], pieces.shape["columns"]
+    """The decoder's activations, divided where its rows or columns divide (Layout.picture)."""
+    places = mesh_of_numbers(mesh)
+    return work.decoder // num_shards(places, Layout(places).picture(work.latent_shape).spec)
 
 
 def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[str, float]:

@@ -49,7 +49,6 @@ def test_a_stage_has_its_own_weights_and_no_others(experts_folder, experts_pipe,
     assert {stage: with_stage[stage] - with_all[stage] for stage in there} == {
         stage: plan.weights[component] for stage, component in there.items()
     }
-    assert plan.peak == plan.reserved + max(plan.stages.values()) < plan.reserved + sum(plan.weights.values())
     compiled = compiles.count
     again, _ = measured(staged, request | dict(seed=2, num_inference_steps=6))
     assert compiles.count == compiled and not np.array_equal(again.frames, out.frames)

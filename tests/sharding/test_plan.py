@@ -239,6 +239,17 @@ def test_times_are_near_the_measured_ones():
     assert plan_mesh(wan, MeshConfig(data=2)).step(outputs=4) == 2 * single.step()
 
 
+def test_flux_on_a_card_of_24_gb():
+    """One component at a time, with what is made with it; a component more and it would not fit."""
+    work = work_of("flux1-dev")
+    all_there, staged = (plan_mesh(work, MeshConfig(), residency=residency) for residency in ("all", "stage"))
+    assert staged.peak == staged.reserved + staged.weights["transformer"] + staged.denoising <= 24 * 2**30
+    assert staged.peak + staged.weights["vae"] + staged.decoding > 24 * 2**30
+    assert all_there.peak == staged.reserved + sum(staged.weights.values()) + staged.decoding
+    decoding = plan_mesh(work_of("wan2.1-t2v-1.3b"), MeshConfig(), residency="stage")
+    assert max(decoding.stages, key=lambda name: decoding.stages[name]) == "text_encoder"  # UMT5-XXL, 11.4 GB
+
+
 def test_a_link_between_hosts_is_slow():
     inside = HOPPER.of_axis(MeshConfig(ring=2, ulysses=4), "ring", "ulysses")
     outside = HOPPER.of_axis(MeshConfig(ring=4, ulysses=4), "ring", "ulysses")
