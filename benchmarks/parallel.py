@@ -6,9 +6,8 @@
 
 Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
 without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone. The decoder on one
-device and on all. Peaks are of the process so far, so meshes run from those that need little to those that need most; what holds
-more than one device can is measured in a call of its own (--only NAME). Writes benchmarks/results/parallel-<model>-<device>.json
-after every measurement.
+device and on all. Peaks of memory are of the process so far; a call of its own (--only NAME) measures the peak of one mesh.
+Writes benchmarks/results/parallel-<model>-<device>.json after every measurement.
 """
 
 import argparse

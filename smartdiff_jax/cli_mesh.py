@@ -42,9 +42,7 @@ def check(
     dtype = "bfloat16" if system.dtype == "auto" else system.dtype
     work = workload(outline(model, jnp.dtype(dtype)), size)
     batched = system.guidance == "batched"
-    plan, single = (
-        plan_mesh(work, mesh, batched=batched, residency=system.residency) for mesh in (system.mesh, MeshConfig())
-    )
+    plan, single = (plan_mesh(work, mesh, batched=batched, residency=system.residency) for mesh in (system.mesh, MeshConfig()))
     for label, text in describe_plan(work, plan, single, dtype, memory):
         print(f"{label:<22}{text}".rstrip())
 

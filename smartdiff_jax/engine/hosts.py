@@ -44,9 +44,7 @@ class Lead:
         self._leader.send({"kind": "load", "pipe": self._pipe, "system": fields, **places})
         return self._leader.run(lambda: load_model(model, weights, system))
 
-    def stream(
-        self, events: Iterator[Event], request: GenerateParams, inputs: "Inputs", output_type: str
-    ) -> Iterator[Event]:
+    def stream(self, events: Iterator[Event], request: GenerateParams, inputs: "Inputs", output_type: str) -> Iterator[Event]:
         """`events`, a request's own on this host, while the followers run the same. Raises HostLost."""
         stream = next(_numbers)
         arrays = {name: np.asarray(value) for name, value in vars(inputs).items() if value is not None}

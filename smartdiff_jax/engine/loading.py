@@ -40,7 +40,7 @@ SAMPLER_OF_SCHEDULER = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Weights on the mesh (or beside it, see weights/residency.py) and what is needed to run them. Pairs are (graphdef, weights).
+    """Weights on the mesh, or beside it (weights/residency.py), and what is needed to run them. Pairs are (graphdef, weights).
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
     """

@@ -109,7 +109,7 @@ class Pipeline:
         *,
         weights: str | Path | None = None,
         system: SystemConfig | str | Path | None = None,
-        mesh: MeshConfig | None = None,
+        mesh: MeshConfig | str | Path | None = None,
         dtype: str | None = None,
     ) -> "Pipeline":
         """Load a model.
@@ -117,9 +117,15 @@ class Pipeline:
         model: a known name (`smartdiff models`), a folder in diffusers layout, or a hub id "organisation/name".
         weights: the folder of a known name's weights; None takes the bundled ones or fetches them from the hub.
         system: how this process runs, or the path of a YAML file; `mesh` and `dtype` replace those fields of it.
+            `mesh` may be such a path too, in the place of `system`. Where the file has `hosts`, this process is host 0 and
+            waits for the others.
 
         Raises InvalidConfig for an unknown model or setting, CheckpointError for weights that do not fit.
         """
+        if isinstance(mesh, str | Path):
+            if system is not None:
+                raise InvalidConfig("mesh", str(mesh), "is a file of system parameters, and `system` is given too; give one")
+            system, mesh = mesh, None
         if system is None:
             system = SystemConfig.create()
         elif not isinstance(system, SystemConfig):

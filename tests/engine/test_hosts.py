@@ -21,7 +21,15 @@ from smartdiff_jax.sharding.multihost import Follower, _decode, _encode
 
 LEADER = Path(__file__).with_name("leader.py")
 FOLLOW = "from smartdiff_jax.cli import main; main()"
-PATIENCE = 240
+LEADS_AND_ENDS = """
+import sys
+import jax, numpy as np
+from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.sharding.multihost import Leader
+leader = Leader(SystemConfig.from_file(sys.argv[2]).hosts)
+assert leader.run(lambda: jax.device_count()) == 2
+"""
+PATIENCE = 500
 """Seconds for processes to start and compile; how soon a loss shows is asserted by itself."""
 SOON = 30
 
@@ -115,6 +123,12 @@ def test_three_hosts_and_a_lost_leader(start):
     for number in (1, 2):
         assert hosts.ends(number) != 0
         assert "the leader is lost" in hosts.said(number)
+
+
+def test_followers_end_with_the_leader(start, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LEADER", "-c" + LEADS_AND_ENDS)
+    hosts = start(dict(data=2), count=2, devices=1)
+    assert [process.wait(PATIENCE) for process in hosts.processes] == [0, 0], (hosts.said(0), hosts.said(1))
 
 
 def test_commands_carry_arrays():

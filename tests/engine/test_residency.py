@@ -1,4 +1,4 @@
-"""Components that leave the devices between their uses: the same bits, no second compilation, and the memory that was planned."""
+"""Components that leave the devices between their uses: the same bits, nothing compiled again, the memory that was planned."""
 
 import gc
 import math
@@ -13,6 +13,7 @@ from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.sharding.plan import plan_mesh
 from smartdiff_jax.sharding.weights import weight_sharding
 from smartdiff_jax.weights.residency import DEVICE, HOST, Room, Staged, at_rest
+
 
 def on_devices() -> int:
     """Bytes of all arrays that lie in the memory of the devices."""
