@@ -161,7 +161,8 @@ def test_activations_by_hand():
     assert activation_bytes(work, MeshConfig(ring=4), 2) == 2 * 18 * row + 24 * 8 * 16
     plan = plan_mesh(work, MeshConfig(ring=4))
     assert plan.decoding == 2000  # 8 rows of latents over 4 devices
-    assert plan.peak == sum(plan.weights.values()) + HOPPER.reserved + max(plan.denoising, plan.decoding)
+    reserved = HOPPER.reserved + HOPPER.buffers
+    assert plan.peak == sum(plan.weights.values()) + reserved + max(plan.denoising, plan.decoding)
     assert plan_mesh(work, MeshConfig(ring=3)).decoding == 8000
     batched = plan_mesh(work, MeshConfig(), batched=True)
     assert batched.denoising == activation_bytes(work, MeshConfig(), 2)
