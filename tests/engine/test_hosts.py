@@ -122,7 +122,8 @@ def test_three_hosts_and_a_lost_leader(start):
     hosts.processes[0].send_signal(signal.SIGKILL)
     for number in (1, 2):
         assert hosts.ends(number) != 0
-        assert "the leader is lost" in hosts.said(number)
+        # JAX notices at the same moment, and may end the process first.
+        assert any(said in hosts.said(number) for said in ("the leader is lost", "coordination"))
 
 
 def test_followers_end_with_the_leader(start, monkeypatch):
