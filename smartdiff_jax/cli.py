@@ -223,6 +223,23 @@ def _lines(file: Path) -> list[str]:
 
 
 @app.command()
+def follow(
+    host: Annotated[int, typer.Argument(help="Which host this is: 1, 2, …; host 0 leads.", min=1)],
+    config: Annotated[str, typer.Option(help="YAML file of system parameters, with the section `hosts`.")],
+) -> None:
+    """Be one of several hosts, until the command that leads them ends."""
+    from smartdiff_jax.config.system import SystemConfig
+    from smartdiff_jax.engine.hosts import follow as follow_leader
+    from smartdiff_jax.errors import InvalidConfig
+
+    system = SystemConfig.from_file(config)
+    if system.hosts is None:
+        raise InvalidConfig("hosts", None, "give coordinator (address:port of host 0) and count")
+    with _interruptible("the hosts must be started again"):
+        follow_leader(system.hosts, host, system.cache_dir)
+
+
+@app.command()
 def models() -> None:
     """List the known models: where their weights are, what has been shown of them, and their defaults."""
     from smartdiff_jax.config.model import bundled_folder, known_models

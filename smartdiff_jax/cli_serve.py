@@ -51,6 +51,8 @@ def serve(
     log = logging.getLogger("smartdiff")
     log.setLevel(logging.INFO)
     system = SystemConfig.create() if config is None else SystemConfig.from_file(config)
+    if system.hosts is not None:
+        raise InvalidConfig("hosts", system.hosts.coordinator, "a service runs on one host; leave the section out")
     given = {"port": port, "host": host, "store": store, "artifacts": artifacts, "keys": keys}
     changes = {name: value for name, value in given.items() if value is not None}
     service = ServiceConfig.create(**system.service.model_dump() | changes)

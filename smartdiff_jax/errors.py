@@ -29,5 +29,9 @@ class Unsupported(SmartdiffError):
     """A kernel cannot serve these shapes or this device; raised while tracing, with the reason."""
 
 
+class HostLost(SmartdiffError):
+    """A host that takes part is gone or has failed; nothing was written, and the mesh is of no use any more."""
+
+
 class Cancelled(SmartdiffError):
     """The run was stopped between two chunks; nothing was written."""

@@ -33,6 +33,26 @@ class MeshConfig(BaseModel):
         return self.data * self.cfg * self.ring * self.ulysses * self.tensor
 
 
+class HostsConfig(BaseModel):
+    """Several hosts, one process each, whose devices are one mesh; host 0 leads, the others run `smartdiff follow`.
+
+    coordinator: "address:port" of host 0 as the others reach it; the port after it is used too. count: of hosts.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coordinator: str = Field(pattern=r"^.+:[0-9]{1,5}$")
+    count: int = Field(ge=2)
+
+    @property
+    def address(self) -> str:
+        return self.coordinator.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.coordinator.rpartition(":")[2])
+
+
 class SystemConfig(BaseModel):
     """One process.
 
@@ -40,6 +60,7 @@ class SystemConfig(BaseModel):
     attention: a kernel by name, or "auto" for the fastest that serves each shape.
     guidance: how the two branches of classifier-free guidance run on one device: one after the other, or as a batch of two.
     residency: "all" keeps every component on the devices; "stage" only the one in use, the others in pinned host memory.
+    hosts: where the mesh reaches over several hosts; None is one.
     cache_dir: converted weights, downloads and compiled executables are kept here.
     service: of `smartdiff serve`.
     """
@@ -51,6 +72,7 @@ class SystemConfig(BaseModel):
     attention: str = "auto"
     guidance: Literal["sequential", "batched"] = "sequential"
     residency: Literal["all", "stage"] = "all"
+    hosts: HostsConfig | None = None
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "smartdiff")
     service: ServiceConfig = ServiceConfig()
 

@@ -9,9 +9,6 @@ A call is the life of one request: resolve -> text -> noise -> denoise in chunks
 
 import dataclasses
 import math
-import resource
-import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,26 +21,29 @@ from jaxtyping import Float
 
 from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.recorder import Recorder
-from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
+from smartdiff_jax.config.model import ModelSpec
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams, resolve
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
 from smartdiff_jax.engine.caching import describe_policy, executed_letters, memory_bytes, policy_for, skipped_share
 from smartdiff_jax.engine.calibration import MIN_STEPS, PROMPTS, Recording, numbers_from, signal_of, write_calibration
+from smartdiff_jax.engine.hosts import Lead
 from smartdiff_jax.engine.loading import LoadedModel, load_model
+from smartdiff_jax.engine.meter import Clock, peak_memory
 from smartdiff_jax.engine.output import GenerateOutput, Report
 from smartdiff_jax.errors import Cancelled, InvalidConfig, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
-from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS, Sampler, Schedule, Spacing
+from smartdiff_jax.samplers.base import Sampler, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import describe
+from smartdiff_jax.sharding.multihost import fetch
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.checkpoint import Checkpoint, to_host
 from smartdiff_jax.stages.decode import Decode
 from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, Expert, denoise, split_experts
-from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_for, guidance_table
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
 from smartdiff_jax.weights.residency import holder
@@ -95,6 +95,7 @@ class Pipeline:
         self.spec: ModelSpec = model.spec
         self.system = system
         self._model = model
+        self._lead: Lead | None = None
         layout = Layout(model.mesh)
         check_heads(model.mesh, model.num_heads)
         if system.mesh.cfg > 1 and model.spec.sampling.guidance != "cfg":
@@ -136,7 +137,7 @@ class Pipeline:
         *,
         weights: str | Path | None = None,
         system: SystemConfig | str | Path | None = None,
-        mesh: MeshConfig | None = None,
+        mesh: MeshConfig | str | Path | None = None,
         dtype: str | None = None,
     ) -> "Pipeline":
         """Load a model.
@@ -144,16 +145,27 @@ class Pipeline:
         model: a known name (`smartdiff models`), a folder in diffusers layout, or a hub id "organisation/name".
         weights: the folder of a known name's weights; None takes the bundled ones or fetches them from the hub.
         system: how this process runs, or the path of a YAML file; `mesh` and `dtype` replace those fields of it.
+            `mesh` may be such a path too, in the place of `system`. Where the file has `hosts`, this process is host 0 and
+            waits for the others.
 
         Raises InvalidConfig for an unknown model or setting, CheckpointError for weights that do not fit.
         """
+        if isinstance(mesh, str | Path):
+            if system is not None:
+                raise InvalidConfig("mesh", str(mesh), "is a file of system parameters, and `system` is given too; give one")
+            system, mesh = mesh, None
         if system is None:
             system = SystemConfig.create()
         elif not isinstance(system, SystemConfig):
             system = SystemConfig.from_file(system)
         changes = {name: value for name, value in (("mesh", mesh), ("dtype", dtype)) if value is not None}
         system = SystemConfig.create(**(system.model_dump() | changes))
-        return cls(load_model(model, weights, system), system)
+        if system.hosts is None:
+            return cls(load_model(model, weights, system), system)
+        lead = Lead(system.hosts)
+        pipe = cls(lead.load(model, weights, system), system)
+        pipe._lead = lead
+        return pipe
 
     def __call__(
         self,
@@ -231,12 +243,29 @@ class Pipeline:
         """The request as a generator: Progress between chunks, the GenerateOutput last.
 
         What it yields in its stage "denoise" is a Pause. resume: go on from there, with the same request (seed included)
-        and inputs. stops: steps of the first output after which it pauses with a preview.
+        and inputs. stops: steps of the first output after which it pauses with a preview. On several hosts there is neither,
+        and HostLost, as soon as one is lost.
         """
+        if self._lead is None:
+            return self.events(request, inputs, output_type, resume, stops)
+        if resume is not None or stops:
+            raise InvalidConfig("hosts", self.system.hosts, "a request on several hosts has no checkpoints and no previews")
+        request = request.model_copy(update={"seed": self.check(request).seed})
+        return self._lead.stream(self.events(request, inputs, output_type), request, inputs, output_type)
+
+    def events(
+        self,
+        request: GenerateParams,
+        inputs: Inputs = Inputs(),
+        output_type: str = "uint8",
+        resume: Checkpoint | None = None,
+        stops: Collection[int] = (),
+    ) -> Iterator[Progress | GenerateOutput]:
+        """`stream` of this host alone: on several hosts all must take each step of it."""
         if output_type not in OUTPUT_TYPES:
             raise InvalidRequest("output_type", output_type, f"choose one of {', '.join(OUTPUT_TYPES)}")
         params, course = self._prepare(request)
-        clock = _Clock()
+        clock = Clock()
         shape = self._model.latent_shape(params.width, params.height, params.num_frames)
         is_picture = self._model.family.task == "t2i"
         noise = None if inputs.latents is None else check_latents(inputs.latents, shape, is_picture)
@@ -270,11 +299,11 @@ class Pipeline:
                         steps += [executed] * len(wanted)
                         remembered = max(remembered, memory_bytes(event.cache_state))
                 clock.lap("denoise", result)
-                results.append(np.asarray(result)[: len(wanted)])
+                results.append(fetch(result)[: len(wanted)])
             for index in wanted if output_type != "latent" else ():
                 yield Progress("decode", index, num_outputs)
                 one = results[number][index - batch.start : index - batch.start + 1]
-                frames.append(np.asarray(self._decode(one, to_uint8=output_type == "uint8")))
+                frames.append(fetch(self._decode(one, to_uint8=output_type == "uint8")))
                 clock.lap("decode")
                 yield Progress("decode", index + 1, num_outputs)
 
@@ -292,7 +321,7 @@ class Pipeline:
             },
             mesh=describe(self._model.mesh),
             dtype=self._model.dtype.name,
-            peak_memory=_peak_memory(self._model.mesh.devices.flat[0]),
+            peak_memory=peak_memory(self._model.mesh.local_devices[0]),
             notes=encoded.notes + course.notes,
         )
         yield GenerateOutput(frames=pictures, latents=latents[:, :, 0] if is_picture else latents, report=report)
@@ -327,8 +356,10 @@ class Pipeline:
         """Measure what this model's caches go by, write it to a file (see `engine.calibration`), and use it from now on.
 
         One full run a prompt and number of steps. params: other fields of GenerateParams; the first seed is 0.
-        Raises InvalidRequest, and OSError where the file cannot be written.
+        Raises InvalidRequest, InvalidConfig on several hosts, and OSError where the file cannot be written.
         """
+        if self._lead is not None:
+            raise InvalidConfig("hosts", self.system.hosts, "calibrate on one host; the file serves any mesh")
         for steps in num_inference_steps:
             if steps < MIN_STEPS:
                 raise InvalidRequest("num_inference_steps", steps, f"give at least {MIN_STEPS} to calibrate by")
@@ -386,6 +417,8 @@ class Pipeline:
             course.policy,
             course.sampler,
             padded,
+            # A clock would choose otherwise on each host.
+            chunk=1 if jax.process_count() > 1 else None,
             resume=resume,
             stops=stops,
         )
@@ -436,40 +469,6 @@ def split_outputs(num_outputs: int, tokens: int, data: int = 1) -> list[range]:
     return batches
 
 
-def guidance_table(
-    params: ResolvedParams, defaults: SamplingDefaults, timesteps: np.ndarray, ends: list[int]
-) -> Float[np.ndarray, " max_steps"]:
-    """Guidance scale by step, 1 where there is none: the first expert's, then the second's."""
-    table = np.full(MAX_STEPS, params.guidance_scale, np.float32)
-    if params.guidance_scale_2 is not None:
-        table[ends[0] :] = params.guidance_scale_2
-    table += np.float32(1.0 - defaults.guidance_off)
-    table[1.0 - timesteps / NUM_TRAIN_TIMESTEPS > defaults.guidance_truncation] = 1.0
-    return table
-
-
-class _Clock:
-    """Wall seconds by stage; a lap waits for the device."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str, *arrays: Any) -> None:
-        jax.block_until_ready(arrays)
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
-        self._last = now
-
-
 def _stacked(pairs: tuple[Any, ...]) -> Any:
     """A rotary table (cos, sin) for each branch, to one of all branches [n, 1, s, r]; None where the model has none."""
     return None if pairs[0] is None else tuple(np.stack(table)[:, None] for table in zip(*pairs, strict=True))
-
-
-def _peak_memory(device: Any) -> int:
-    stats = device.memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    # ru_maxrss is in kilobytes on Linux and in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,9 +16,15 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh of the first `config.num_devices` devices, all axes automatic (kernels are wrapped in shard_map)."""
     devices = jax.devices() if devices is None else devices
     if config.num_devices > len(devices):
-        raise InvalidConfig("mesh", config.num_devices, f"needs more devices than the {len(devices)} present")
+        raise InvalidConfig(
+            "mesh", config.num_devices, f"needs more devices than the {len(devices)} present; use fewer, or more hosts"
+        )
+    used = devices[: config.num_devices]
+    idle = sorted(set(range(jax.process_count())) - {device.process_index for device in used})
+    if idle:
+        raise InvalidConfig("mesh", config.num_devices, f"leaves hosts {idle} without work; use all {len(devices)} devices")
     shape = tuple(getattr(config, axis) for axis in AXES)
-    return Mesh(np.asarray(devices[: config.num_devices]).reshape(shape), AXES)
+    return Mesh(np.asarray(used).reshape(shape), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

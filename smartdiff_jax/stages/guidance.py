@@ -9,13 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from smartdiff_jax.cache.base import StandIn
 from smartdiff_jax.config.model import SamplingDefaults
+from smartdiff_jax.config.request import ResolvedParams
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.registry import Registry
+from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS
 
 CacheState = Any
 Evaluate = Callable[[Array, Conditioning, CacheState], tuple[Array, CacheState, Array]]
@@ -148,3 +151,15 @@ def as_batch(branches: Conditioning, batch: int) -> Conditioning:
 GUIDANCE: Registry[Callable[[Callable[[Array], Array]], Guidance]] = Registry(
     "guidance", {"sequential": lambda place: Sequential(), "batched": Batched}
 )
+
+
+def guidance_table(
+    params: ResolvedParams, defaults: SamplingDefaults, timesteps: np.ndarray, ends: list[int]
+) -> Float[np.ndarray, " max_steps"]:
+    """Guidance scale by step, 1 where there is none: the first expert's, then the second's."""
+    table = np.full(MAX_STEPS, params.guidance_scale, np.float32)
+    if params.guidance_scale_2 is not None:
+        table[ends[0] :] = params.guidance_scale_2
+    table += np.float32(1.0 - defaults.guidance_off)
+    table[1.0 - timesteps / NUM_TRAIN_TIMESTEPS > defaults.guidance_truncation] = 1.0
+    return table

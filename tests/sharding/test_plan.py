@@ -161,7 +161,8 @@ def test_activations_by_hand():
     assert activation_bytes(work, MeshConfig(ring=4), 2) == 2 * 18 * row + 24 * 8 * 16
     plan = plan_mesh(work, MeshConfig(ring=4))
     assert plan.decoding == 2000  # 8 rows of latents over 4 devices
-    assert plan.peak == sum(plan.weights.values()) + HOPPER.reserved + max(plan.denoising, plan.decoding)
+    reserved = HOPPER.reserved + HOPPER.buffers
+    assert plan.peak == sum(plan.weights.values()) + reserved + max(plan.denoising, plan.decoding)
     assert plan_mesh(work, MeshConfig(ring=3)).decoding == 8000
     batched = plan_mesh(work, MeshConfig(), batched=True)
     assert batched.denoising == activation_bytes(work, MeshConfig(), 2)
@@ -237,6 +238,17 @@ def test_times_are_near_the_measured_ones():
     # A branch on each of two devices halves a step but for one exchange.
     assert single.step() / plan_mesh(wan, MeshConfig(cfg=2)).step() == pytest.approx(2.0, rel=0.001)
     assert plan_mesh(wan, MeshConfig(data=2)).step(outputs=4) == 2 * single.step()
+
+
+def test_flux_on_a_card_of_24_gb():
+    """One component at a time, with what is made with it; a component more and it would not fit."""
+    work = work_of("flux1-dev")
+    all_there, staged = (plan_mesh(work, MeshConfig(), residency=residency) for residency in ("all", "stage"))
+    assert staged.peak == staged.reserved + staged.weights["transformer"] + staged.denoising <= 24 * 2**30
+    assert staged.peak + staged.weights["vae"] + staged.decoding > 24 * 2**30
+    assert all_there.peak == staged.reserved + sum(staged.weights.values()) + staged.decoding
+    decoding = plan_mesh(work_of("wan2.1-t2v-1.3b"), MeshConfig(), residency="stage")
+    assert max(decoding.stages, key=lambda name: decoding.stages[name]) == "text_encoder"  # UMT5-XXL, 11.4 GB
 
 
 def test_a_link_between_hosts_is_slow():

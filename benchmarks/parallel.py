@@ -1,0 +1,300 @@
+"""Meshes at true size, random weights: Wan2.1-1.3B 832x480x81 and FLUX.1-dev 1024x1024 on one GPU and on several, in one run.
+
+    python benchmarks/parallel.py --model wan             on 2 or more GPUs; every mesh of all of them (--devices: of the first)
+    python benchmarks/parallel.py --model flux
+    python benchmarks/parallel.py --model wan --tiny      anywhere, on 4 virtual devices, to see that it runs
+
+Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
+without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone. The decoder on one
+device and on all. Peaks of memory are of the process so far; a call of its own (--only NAME) measures the peak of one mesh.
+Writes benchmarks/results/parallel-<model>-<device>.json after every measurement.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax import lax  # noqa: E402
+from jax.sharding import Mesh, PartitionSpec  # noqa: E402
+
+from benchmarks.measure import stamp, time_call, write  # noqa: E402
+from smartdiff_jax.cache import POLICIES  # noqa: E402
+from smartdiff_jax.config.system import MeshConfig  # noqa: E402
+from smartdiff_jax.engine.loading import LoadedModel, _placement  # noqa: E402
+from smartdiff_jax.engine.planning import _conditioning, _shapes, outline, workload  # noqa: E402
+from smartdiff_jax.kernels import ATTENTION  # noqa: E402
+from smartdiff_jax.kernels.base import QKV  # noqa: E402
+from smartdiff_jax.models.family import Conditioning  # noqa: E402
+from smartdiff_jax.samplers import SAMPLERS  # noqa: E402
+from smartdiff_jax.samplers.base import MAX_STEPS  # noqa: E402
+from smartdiff_jax.sharding.context_parallel import SEQUENCE, factorise, padded_length, wrap  # noqa: E402
+from smartdiff_jax.sharding.layout import Layout  # noqa: E402
+from smartdiff_jax.sharding.mesh import make_mesh  # noqa: E402
+from smartdiff_jax.sharding.plan import plan_mesh  # noqa: E402
+from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E402
+from smartdiff_jax.stages.decode import Decode  # noqa: E402
+from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_for  # noqa: E402
+from smartdiff_jax.weights.random_init import random_state  # noqa: E402
+from smartdiff_jax.weights.residency import Resident  # noqa: E402
+
+MODELS = {"wan": ("wan2.1-t2v-1.3b", "832x480x81"), "flux": ("flux1-dev", "1024x1024")}
+TINY_VAE: dict[str, dict[str, Any]] = {
+    "wan": dict(base_dim=8, num_res_blocks=1),
+    "flux": dict(block_out_channels=(32,) * 4, layers_per_block=1),
+}
+TINY_DENOISER: dict[str, dict[str, Any]] = {
+    "wan": dict(num_layers=2, num_attention_heads=4, ffn_dim=128),
+    "flux": dict(num_layers=1, num_single_layers=1, num_attention_heads=4),
+}
+TINY_SIZE = {"wan": "64x64x5", "flux": "64x64"}
+
+
+class WithoutAttention:
+    """`Attend` that hands queries back: what is left of a step."""
+
+    def for_length(self, num_tokens):
+        return self
+
+    def self_attention(self, tokens):
+        return tokens.q
+
+    def cross_attention(self, q, k, v, *, text_length=None):
+        return q
+
+    def text_attention(self, text, *, text_length=None):
+        return text.q
+
+    def joint_attention(self, tokens, text, *, text_length=None):
+        return tokens.q, text.q
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mesh to measure. ring: how keys and values get along the ring axis (MeshAttend)."""
+
+    name: str
+    mesh: MeshConfig
+    ring: Any = "permute"
+
+
+def cases(devices: int, heads: int, guided: bool) -> list[Case]:
+    """On all devices, least memory first, then one device."""
+    ring, ulysses = factorise(devices, heads)[0]
+    most = f"ulysses={ulysses}" if ring == 1 else f"ring={ring} ulysses={ulysses}"
+    found = [
+        Case(f"{most} fsdp", MeshConfig(ring=ring, ulysses=ulysses, fsdp=True)),
+        Case(most, MeshConfig(ring=ring, ulysses=ulysses)),
+        Case(f"ring={devices}", MeshConfig(ring=devices)),
+        Case(f"ring={devices} gather", MeshConfig(ring=devices), "gather"),
+    ]
+    if guided and devices % 2 == 0:
+        ring, ulysses = factorise(devices // 2, heads)[0]
+        name = " ".join(f"{axis}={size}" for axis, size in (("cfg", 2), ("ring", ring), ("ulysses", ulysses)) if size > 1)
+        found.append(Case(name, MeshConfig(cfg=2, ring=ring, ulysses=ulysses)))
+    return [*found, Case("one", MeshConfig())]
+
+
+class Bench:
+    """One model: its numbers and its work at one size."""
+
+    def __init__(self, name: str, tiny: bool, attention: str, repeats: int):
+        self.dtype = jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+        known, self.size = MODELS[name]
+        model = outline(known, self.dtype)
+        if tiny:
+            self.size = TINY_SIZE[name]
+            model = shrunk(model, {"transformer": TINY_DENOISER[name], "vae": TINY_VAE[name]}, self.dtype)
+        self.model, self.attention, self.repeats = model, attention, repeats
+        self.work: Workload = workload(model, self.size)
+        self.guided = self.work.branches > 1
+
+    def step(self, case: Case, attend: Any = None) -> dict[str, Any]:
+        """Seconds of one denoising step, all branches of guidance, with the sampler."""
+        model, mesh = self.model, make_mesh(case.mesh)
+        layout = Layout(mesh)
+        if attend is None:
+            attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, batch=layout.batch_axes)
+        architecture = model.family.architectures["transformer"]
+        place = _placement("transformer", mesh, case.mesh)
+        weights = random_state(architecture, model.configs["transformer"], self.dtype, 0, place)
+        guidance = GUIDANCE["batched" if case.mesh.cfg > 1 else "sequential"](layout.as_branches)
+        combine = combine_for(model.spec.sampling)
+        loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, self.dtype, layout)
+        branches, tokens = self.inputs(layout)
+        sampler, policy = SAMPLERS[model.spec.sampling.sampler], POLICIES["none"]()
+        schedule = sampler.schedule(50, 3.0)
+        scales = np.full(MAX_STEPS, 5.0 if self.guided else 1.0, np.float32)
+        num_tokens = np.int32(self.work.tokens) if layout.padding(self.work.tokens) else None
+        start, run = loop.functions(weights, tokens, branches, policy, sampler)
+        carry = start(weights, tokens, branches, policy, sampler)
+        seconds = []
+        for index in range(1 + self.repeats):
+            began = time.perf_counter()
+            bounds = np.int32(index), np.int32(index + 1), np.int32(0)
+            carry = run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens)
+            jax.block_until_ready(carry)
+            seconds.append(time.perf_counter() - began)
+        return {
+            "compile_and_first_s": seconds[0],
+            "median": float(np.median(seconds[1:])),
+            "min": min(seconds[1:]),
+            "max": max(seconds[1:]),
+            "peak_gb": peak_gb(mesh),
+        }
+
+    def inputs(self, layout: Layout) -> tuple[Conditioning, jax.Array]:
+        count = 2 if self.guided else 1
+        random = np.random.default_rng(0)
+
+        def fill(leaf):
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                return np.full((count, *leaf.shape), self.work.text or 512, leaf.dtype)
+            return random.standard_normal((count, *leaf.shape), np.float32).astype(leaf.dtype)
+
+        shapes = _conditioning(self.model, self.model.patches.grid(self.work.latent_shape))
+        fields = {name: jax.tree.map(fill, shape) for name, shape in shapes.items()}
+        rope = layout.place_rope(tuple(np.asarray(half) for half in fields.pop("rope")))
+        branches = Conditioning(rope=rope, **jax.device_put(fields, layout.replicated))
+        tokens = random.standard_normal((1, self.work.tokens, self.work.features), np.float32)
+        return branches, jax.device_put(np.asarray(layout.pad_tokens(tokens)), layout.tokens)
+
+    def attention_parts(self, case: Case) -> dict[str, Any]:
+        """Seconds of one attention: on the mesh; the kernel on a device's share alone; the messages alone."""
+        calls, mesh = self.work.split_attention[0], make_mesh(case.mesh)
+        pieces = case.mesh.ring * case.mesh.ulysses
+        length = padded_length(self.work.tokens + calls.text, mesh)
+        shape = (1, length, calls.heads, calls.head_dim)
+        attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring)
+        spec = PartitionSpec(None, SEQUENCE)
+        whole = jax.device_put(np.full(shape, 0.1, np.float32).astype(self.dtype), jax.NamedSharding(mesh, spec))
+        kernel = ATTENTION[self.attention]
+        heads, queries = calls.heads // case.mesh.ulysses, length // case.mesh.ring
+        keys = length if case.ring == "gather" else queries
+        q, k = (jnp.full((1, rows, heads, calls.head_dim), 0.1, self.dtype) for rows in (queries, keys))
+        turns = 1 if case.ring == "gather" else case.mesh.ring
+        with_lse = turns > 1
+        alone = jax.jit(lambda q, k: kernel(q, k, k, with_lse=with_lse))
+        return {
+            "attention": time_call(jax.jit(lambda x: attend.self_attention(QKV(x, x, x))), whole, repeats=self.repeats),
+            "kernel": {name: turns * value for name, value in time_call(alone, q, k, repeats=self.repeats).items()},
+            "messages": time_call(messages(mesh, case), whole, repeats=self.repeats),
+            "calls": sum(calls.count for calls in self.work.split_attention) * self.work.branches,
+            "pieces": pieces,
+        }
+
+    def decode(self, devices: int) -> dict[str, Any]:
+        config = MeshConfig(ring=devices)
+        mesh = make_mesh(config)
+        place = _placement("vae", mesh, config)
+        architecture = self.model.family.architectures["vae"]
+        weights = random_state(architecture, self.model.configs["vae"], self.dtype, 0, place)
+        stage = Decode(self.model.vae[0], Resident(weights), self.dtype, Layout(mesh))
+        latents = np.random.default_rng(0).standard_normal(self.work.latent_shape, np.float32)
+        return time_call(stage, latents, repeats=self.repeats) | {"peak_gb": peak_gb(mesh)}
+
+
+def messages(mesh: Mesh, case: Case) -> Any:
+    """What one attention sends, and nothing else: Ulysses there and back, keys and values around the ring or gathered."""
+    ring, ulysses = case.mesh.ring, case.mesh.ulysses
+
+    def local(x):
+        stack = jnp.stack([x, x, x])
+        if ulysses > 1:
+            stack = lax.all_to_all(stack, "ulysses", split_axis=3, concat_axis=2, tiled=True)
+        out, kv = stack[0], stack[1:]
+        if ring > 1 and case.ring == "gather":
+            # Only looked at, so that nothing is left out and nothing else is computed.
+            out = out + lax.all_gather(kv, "ring", axis=2, tiled=True)[0, :, : out.shape[1]]
+        else:
+            for _ in range(ring - 1):
+                kv = lax.ppermute(kv, "ring", [(device, (device + 1) % ring) for device in range(ring)])
+            out = out + kv[0] + kv[1]
+        return lax.all_to_all(out, "ulysses", split_axis=1, concat_axis=2, tiled=True) if ulysses > 1 else out
+
+    spec = PartitionSpec(None, SEQUENCE)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def shrunk(model: LoadedModel, changes: dict[str, dict[str, Any]], dtype: Any) -> LoadedModel:
+    """The same architecture with other numbers."""
+    configs = model.configs | {name: model.configs[name].model_copy(update=fields) for name, fields in changes.items()}
+    nowhere = mesh_of_numbers(MeshConfig())
+    parts = {name: _shapes(model.family.architectures[name], configs[name], dtype, nowhere) for name in changes}
+    graph, weights = parts["transformer"]
+    return dataclasses.replace(model, configs=configs, denoiser_graph=graph, denoisers=[weights], vae=parts["vae"])
+
+
+def peak_gb(mesh: Mesh) -> list[float] | None:
+    """Of each device, of the process so far; None where devices do not tell."""
+    stats = [device.memory_stats() for device in mesh.devices.flat]
+    return [entry["peak_bytes_in_use"] / 1e9 for entry in stats] if all(stats) else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="wan")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--devices", type=int, help="use the first so many; all")
+    parser.add_argument("--only", help="measure this mesh alone, and no decoder: for its peak memory")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--commit", help="where the tree has no history")
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        jax.config.update("jax_num_cpu_devices", 4)
+    devices = arguments.devices or jax.device_count()
+    bench = Bench(arguments.model, arguments.tiny, arguments.attention, arguments.repeats)
+    name = "-".join(["parallel", arguments.model, *(["tiny"] if arguments.tiny else [])])
+    if arguments.only:
+        name += f"-{arguments.only.replace('=', '').replace(' ', '-')}"
+    results: dict[str, Any] = {
+        "stamp": stamp(arguments.commit),
+        "model": bench.work.model,
+        "size": bench.size,
+        "devices": devices,
+        "dtype": bench.dtype.name,
+        "meshes": {},
+    }
+
+    def note(what: str, row: dict[str, Any]) -> None:
+        print(what, json.dumps(row), flush=True)
+        results["written"] = str(write(name, results))
+
+    found = cases(devices, bench.work.num_heads, bench.guided) if devices > 1 else [Case("one", MeshConfig())]
+    known = [case.name for case in found]
+    if arguments.only and arguments.only not in known:
+        raise SystemExit(f"--only {arguments.only!r}: choose one of {', '.join(known)}")
+    for case in [case for case in found if arguments.only in (None, case.name)]:
+        plan = plan_mesh(bench.work, case.mesh)
+        row: dict[str, Any] = {"step": bench.step(case), "predicted_s": plan.step(), "predicted_gb": plan.peak / 1e9}
+        row |= {"predicted_parts_s": plan.seconds, "predicted_bytes": plan.traffic}
+        results["meshes"][case.name] = row
+        note(case.name, row)
+        if not case.mesh.fsdp and not arguments.only:
+            row["without_attention"] = bench.step(case, WithoutAttention())
+            if case.mesh.cfg == 1 and case.mesh.num_devices > 1:
+                row["attention"] = bench.attention_parts(case)
+            note(f"{case.name}, parts", {part: row[part] for part in ("without_attention", "attention") if part in row})
+    if arguments.only:
+        return
+    single = results["meshes"]["one"]["step"]["median"]
+    for row in results["meshes"].values():
+        row["speed_up"] = single / row["step"]["median"]
+    results["decode"] = {str(count): bench.decode(count) for count in sorted({1, devices}, reverse=True)}
+    results["decode"]["speed_up"] = results["decode"]["1"]["median"] / results["decode"][str(devices)]["median"]
+    note("decode", results["decode"])
+
+
+if __name__ == "__main__":
+    main()
