@@ -136,9 +136,10 @@ class Guards:
         rate = np.where(free, (budget - forced.sum()) / max(1, free.sum()), forced)
         mask = np.asarray(guards.mask).copy()
         if evenly:
-            # The first free step is skipped: a group begins behind the computed one before it.
-            spread = np.diff(np.floor(np.cumsum(np.where(free, rate, 0.0)) + 1e-6), prepend=0.0) > 0
-            mask[:steps] = np.where(forced | spread, COMPUTE, SKIP)
+            places, count = np.flatnonzero(free), budget - forced.sum()
+            chosen = places[np.floor(np.arange(1, count + 1) * (len(places) + 1) / (count + 1) + 0.5).astype(int) - 1]
+            mask[:steps] = np.where(forced, COMPUTE, SKIP)
+            mask[chosen] = COMPUTE
         counted = _padded(np.flip(np.cumsum(np.flip(forced))) - forced)
         return dataclasses.replace(
             guards,
