@@ -154,10 +154,11 @@ class Guards:
 
     def _shortened(self, share: float, given: frozenset[str]) -> "Guards":
         keep_warmup, keep_cooldown = "warmup" in given or "retention" in given, "cooldown" in given
+        cooldown = max(int(self.cooldown), "mask" not in given)  # a mask may bar the last step
         return dataclasses.replace(
             self,
             warmup=self.warmup if keep_warmup else jnp.int32(math.ceil(int(self.warmup) * share)),
-            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(max(int(self.cooldown), 1) * share)),
+            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(cooldown * share)),
             warmup_after_switch=jnp.float32(float(self.warmup_after_switch) * (1.0 if keep_warmup else share)),
         )
 
