@@ -136,9 +136,10 @@ class Guards:
         rate = np.where(free, (budget - forced.sum()) / max(1, free.sum()), forced)
         mask = np.asarray(guards.mask).copy()
         if evenly:
-            # The first free step is skipped: a group begins behind the computed one before it.
-            spread = np.diff(np.floor(np.cumsum(np.where(free, rate, 0.0)) + 1e-6), prepend=0.0) > 0
-            mask[:steps] = np.where(forced | spread, COMPUTE, SKIP)
+            places, count = np.flatnonzero(free), budget - forced.sum()
+            chosen = places[np.floor(np.arange(1, count + 1) * (len(places) + 1) / (count + 1) + 0.5).astype(int) - 1]
+            mask[:steps] = np.where(forced, COMPUTE, SKIP)
+            mask[chosen] = COMPUTE
         counted = _padded(np.flip(np.cumsum(np.flip(forced))) - forced)
         return dataclasses.replace(
             guards,
@@ -153,10 +154,11 @@ class Guards:
 
     def _shortened(self, share: float, given: frozenset[str]) -> "Guards":
         keep_warmup, keep_cooldown = "warmup" in given or "retention" in given, "cooldown" in given
+        cooldown = max(int(self.cooldown), "mask" not in given)  # a mask may bar the last step
         return dataclasses.replace(
             self,
             warmup=self.warmup if keep_warmup else jnp.int32(math.ceil(int(self.warmup) * share)),
-            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(max(int(self.cooldown), 1) * share)),
+            cooldown=self.cooldown if keep_cooldown else jnp.int32(math.ceil(cooldown * share)),
             warmup_after_switch=jnp.float32(float(self.warmup_after_switch) * (1.0 if keep_warmup else share)),
         )
 
