@@ -16,7 +16,9 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh of the first `config.num_devices` devices, all axes automatic (kernels are wrapped in shard_map)."""
     devices = jax.devices() if devices is None else devices
     if config.num_devices > len(devices):
-        raise InvalidConfig("mesh", config.num_devices, f"needs more devices than the {len(devices)} present; use fewer, or more hosts")
+        raise InvalidConfig(
+            "mesh", config.num_devices, f"needs more devices than the {len(devices)} present; use fewer, or more hosts"
+        )
     used = devices[: config.num_devices]
     idle = sorted(set(range(jax.process_count())) - {device.process_index for device in used})
     if idle:
