@@ -229,6 +229,7 @@ def _connect_devices(hosts: HostsConfig, number: int) -> None:
         )
     except RuntimeError as error:
         raise InvalidConfig("hosts", hosts.coordinator, f"the hosts cannot connect: {error}") from None
+    jax.device_count()  # each host waits here until all have told their devices, and not in the middle of something
 
 
 def _connection(connected: socket.socket) -> Connection:

@@ -10,7 +10,7 @@ import numpy as np
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.errors import Cancelled
 
-REQUEST = dict(prompt="a red fox", size=(48, 32), num_frames=5, num_inference_steps=3, seed=1, output_type="np")
+REQUEST = dict(prompt="a red fox", size=(48, 32), num_frames=1, num_inference_steps=3, seed=1, output_type="np")
 
 
 def cancel(progress):
