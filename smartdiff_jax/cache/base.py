@@ -74,11 +74,8 @@ Around = Callable[[str, Any, Callable[[], Any]], Any]
 class Stack(Protocol):
     """The blocks of one branch at one step. hidden: what enters them (an array, or a pair of picture and text streams)."""
 
-    @property
-    def hidden(self) -> Hidden: ...
-
-    @property
-    def num_blocks(self) -> int: ...
+    hidden: Hidden
+    num_blocks: int
 
     def run(self, hidden: Hidden, lo: int, hi: int) -> Hidden:
         """Blocks lo to hi - 1 (static)."""

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
-from smartdiff_jax.cache.base import CachePolicy, Hidden, Stack, State, Step
+from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State, Step
 from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
 from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
+from smartdiff_jax.errors import InvalidRequest
 
 BISECTIONS = 40
 
@@ -71,15 +72,23 @@ class DiTango(CachePolicy):
         """Raises InvalidRequest for wrong parameters."""
         numbers = check_numbers(ModelNumbers, model_numbers, "ditango")
         checked = check_params(DiTangoParams, numbers.params | params)
-        free = range(checked.warmup, num_steps - checked.cooldown)
-        between = sum((index - checked.warmup + 1) % checked.anchor_interval != 0 for index in free)
+        guards, interval = Guards.create(checked, num_steps), checked.anchor_interval
         return cls(
-            guards=Guards.create(checked, num_steps),
-            rate=jnp.float32(1.0 - min(1.0, checked.share * num_steps / between) if between else 1.0),
-            anchor_interval=jnp.int32(checked.anchor_interval),
+            guards=guards,
+            rate=_rate(checked.share, num_steps, guards, interval),
+            anchor_interval=jnp.int32(interval),
             max_interval=jnp.float32(checked.max_interval),
             power=jnp.float32(checked.power),
         )
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        """A ratio is the share of remote parts, which cannot be kept to the step."""
+        if outlook.ratio is None:
+            return self, ()
+        if "share" in outlook.given:
+            raise InvalidRequest("cache_ratio", outlook.ratio, "cache_params.share says it already; leave one out")
+        rate = _rate(outlook.ratio, outlook.num_steps, self.guards, int(self.anchor_interval))
+        return dataclasses.replace(self, rate=rate), ("cache: the ratio is of what a ring sends and attends to, not of steps",)
 
     def init_stack(self, stack: Stack) -> DiTangoMemory:
         held = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack.remotes())
@@ -119,6 +128,13 @@ class DiTango(CachePolicy):
             anchors=jnp.where(is_anchor, anchors + 1, anchors),
         )
         return out, memory, jnp.all(jnp.concatenate(fresh))
+
+
+def _rate(share: float, num_steps: int, guards: Guards, anchor_interval: int) -> Float[Array, ""]:
+    """The share of remote parts to compute between anchors, so that `share` of those of all steps are held."""
+    warmup, cooldown = int(guards.warmup), int(guards.cooldown)
+    between = sum((index - warmup + 1) % anchor_interval != 0 for index in range(warmup, num_steps - cooldown))
+    return jnp.float32(1.0 - min(1.0, share * num_steps / between) if between else 1.0)
 
 
 def plan_intervals(

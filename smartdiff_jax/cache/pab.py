@@ -76,7 +76,9 @@ class PyramidAttentionBroadcast(CachePolicy):
         """With a ratio all attention is computed at the same steps, evenly spread over those between the timesteps."""
         timesteps = LAST_TIMESTEP * outlook.sigmas[:-1]
         outside = (timesteps <= float(self.min_timestep)) | (timesteps >= float(self.max_timestep))
-        return dataclasses.replace(self, guards=self.guards.within(outlook, outside, evenly=True)), ()
+        guards = self.guards.within(outlook, outside, evenly=True)
+        notes = () if outlook.ratio is None else ("cache: at a skipped step attention is held and the rest computed",)
+        return dataclasses.replace(self, guards=guards), notes
 
     def init_stack(self, stack: Stack) -> PABMemory:
         held = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack.modules())

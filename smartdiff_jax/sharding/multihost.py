@@ -243,7 +243,8 @@ def _connection(connected: socket.socket) -> Connection:
 
 def _encode(command: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"array.{name}": array for name, array in arrays.items()}, command=np.array(json.dumps(command)))
+    named: dict[str, Any] = {f"array.{name}": array for name, array in arrays.items()}
+    np.savez(buffer, **named, command=np.array(json.dumps(command)))
     return buffer.getvalue()
 
 

@@ -179,7 +179,8 @@ class DenoiseLoop:
 
             def branch(tokens, conditioning, state):
                 hidden, context = model.embed(tokens, step.timestep, conditioning)
-                out, state, computed = policy.blocks(state, step, _Stack(model, attend, hidden, context))
+                stack: Any = _Stack(model, attend, hidden, context)
+                out, state, computed = policy.blocks(state, step, stack)
                 return model.head(out, context), state, computed
 
             def evaluate(state, /, stand_in=None):

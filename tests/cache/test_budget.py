@@ -7,7 +7,7 @@ from test_block_policies import NUMBERS, SKIPS
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.base import Outlook
-from smartdiff_jax.cache.guards import Guards
+from smartdiff_jax.cache.guards import COMPUTE, SKIP, Guards
 from smartdiff_jax.cache.params import MAX_STEPS
 from smartdiff_jax.errors import InvalidRequest
 
@@ -98,3 +98,21 @@ def test_warmups_nobody_asked_for_give_way():
 def test_ratios_that_cannot_be_kept_are_refused(name, ratio, params, words):
     with pytest.raises(InvalidRequest, match=words):
         fitted(name, 40, ratio, **params)
+
+
+def test_pab_lays_the_budget_between_its_timesteps():
+    for steps, ratio, restarts in ((50, 0.5, ()), (50, 0.0, ()), (31, 0.4, (13,)), (200, 0.3, (7, 150)), (5, 0.2, ())):
+        told = np.asarray(fitted("pab", steps, ratio, restarts).guards.mask)[:steps]
+        computed = told == COMPUTE
+        assert set(told) <= {COMPUTE, SKIP} and computed[[0, *restarts]].all()
+        timesteps = 1000.0 * outlook(steps, ratio).sigmas[:-1]
+        assert computed[(timesteps <= 100) | (timesteps >= 800)].all()
+        assert computed.sum() == outlook(steps, ratio).budget, (steps, ratio, restarts)
+    with pytest.raises(InvalidRequest, match="give 0.0 to 0.68"):
+        fitted("pab", 50, 0.9)
+
+
+def test_a_ratio_of_ditango_is_its_share():
+    assert fitted("ditango", 50, 0.3).rate == POLICIES["ditango"].create(50, NUMBERS, share=0.3).rate
+    with pytest.raises(InvalidRequest, match="leave one out"):
+        fitted("ditango", 50, 0.3, share=0.3)
