@@ -56,13 +56,14 @@ def neighbour_biases(params: Params, config: Any) -> Params:
     amplitude = math.sqrt(NEIGHBOUR_LOGIT * math.sqrt(head_dim) / fast.sum())
     q_name, k_name = (f"{TEXT_ENCODER}blocks.attention.{name}.bias" for name in ("q", "k"))
     layers = params[q_name].shape[0]
-    q = np.array(params[q_name]).reshape(layers, heads, head_dim)
-    k = np.array(params[k_name]).reshape(layers, config.num_key_value_heads, head_dim)
+    # In JAX and not NumPy: a resumed run only asks for the shapes.
+    q = jnp.reshape(params[q_name], (layers, heads, head_dim))
+    k = jnp.reshape(params[k_name], (layers, config.num_key_value_heads, head_dim))
     for back in (1, 2)[: config.num_key_value_heads]:
         # Turned back by the distance, so that a query meets a key that far behind it in phase.
-        k[:, back - 1] += amplitude * np.concatenate([fast, 0 * fast])
+        k = k.at[:, back - 1].add(amplitude * np.concatenate([fast, 0 * fast]))
         turned = np.concatenate([fast * np.cos(back * frequencies), -fast * np.sin(back * frequencies)])
-        q[:, (back - 1) * groups] += amplitude * turned
+        q = q.at[:, (back - 1) * groups].add(amplitude * turned)
     return {name: jnp.asarray(value.reshape(layers, -1), jnp.float32) for name, value in ((q_name, q), (k_name, k))}
 
 
