@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,8 +13,11 @@ from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import EVERYONE, ApiKey, ServiceConfig, hash_key, read_keys
 from smartdiff_jax.engine.job import Job
+from smartdiff_jax.errors import SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
 from smartdiff_jax.serve.schemas import JobView
+
+log = logging.getLogger("smartdiff")
 
 POLL_SECONDS = 1.0
 """How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
@@ -45,7 +49,8 @@ class Service:
             self._engine = engine
         except Exception as error:
             self._failure = str(error)
-            raise
+            if not isinstance(error, SmartdiffError):
+                log.exception("the models could not be loaded")
         finally:
             self.started.set()
 
