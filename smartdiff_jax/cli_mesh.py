@@ -71,6 +71,7 @@ def plan(
 
 def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, memory: float) -> list[tuple[str, str]]:
     """Rows of (what, how much); decimal GB and MB."""
+    from smartdiff_jax.sharding.layout import describe_pieces
     from smartdiff_jax.sharding.plan import GB, name_of
 
     mesh = plan.mesh
@@ -83,6 +84,7 @@ def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, me
             f"{plan.tokens:,} and {text} of text; {plan.tokens_per_device:,} a device, {plan.padding} of all are padding",
         ),
         ("heads", f"{plan.heads_per_device} of {work.num_heads} a device, in attention"),
+        ("decoder", describe_pieces(*work.latent_shape[3:], mesh.num_devices)),
         ("memory of a device", f"{plan.peak / GB:.2f} GB at most; {_fits(plan, memory)}"),
     ]
     alternative = "or " if plan.residency == "stage" else ""

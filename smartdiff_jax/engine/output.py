@@ -20,7 +20,7 @@ class Report:
     steps: one letter a step and output: F the model was evaluated, . it was not, h one of two branches was.
     cache: the policy that ran and its numbers, "ratio" the share of evaluations that was skipped, "bytes" what it remembered.
     shapes: latents, tokens and frames.
-    mesh: the devices used.
+    mesh: the devices used. decoder: into which pieces it cut the picture, "" on one device.
     peak_memory: the most bytes in use, on the device where it tells, else of the process.
     notes: what the user should know, such as a truncated prompt.
     """
@@ -31,6 +31,7 @@ class Report:
     cache: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     mesh: str
+    decoder: str
     dtype: str
     peak_memory: int
     notes: tuple[str, ...] = ()

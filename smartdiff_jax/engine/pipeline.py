@@ -36,7 +36,7 @@ from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.samplers.base import Sampler, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import check_heads, wrap
-from smartdiff_jax.sharding.layout import Layout
+from smartdiff_jax.sharding.layout import Layout, describe_pieces
 from smartdiff_jax.sharding.mesh import describe
 from smartdiff_jax.sharding.multihost import fetch
 from smartdiff_jax.stages.base import Progress
@@ -320,6 +320,7 @@ class Pipeline:
                 **({"frames": pictures.shape} if pictures is not None else {}),
             },
             mesh=describe(self._model.mesh),
+            decoder=describe_pieces(*shape[3:], self._model.mesh.size) if self._model.mesh.size > 1 else "",
             dtype=self._model.dtype.name,
             peak_memory=peak_memory(self._model.mesh.local_devices[0]),
             notes=encoded.notes + course.notes,

@@ -75,13 +75,44 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.batch_axes, SEQUENCE)))
 
     def picture(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Of latents [b, c, f, h, w] on their way to pixels: rows, or else columns, over as many devices as divide them."""
-        for axis in (3, 4):
-            if shape[axis] % self.mesh.size == 0:
-                spec: list[Any] = [None] * 5
-                spec[axis] = tuple(name for name in self.mesh.axis_names if self.mesh.shape[name] > 1) or None
-                return NamedSharding(self.mesh, PartitionSpec(*spec))
-        return self.replicated
+        """Of latents [b, c, f, h, w] on their way to pixels: in pieces of rows and columns, see `split_picture`."""
+        return NamedSharding(self._pieces(shape), PartitionSpec(None, None, None, "rows", "columns"))
+
+    def as_picture(self, pixels: Float[Array, "b f y x rgb"], shape: tuple[int, ...]) -> Float[Array, "b f y x rgb"]:
+        """Pixels in the pieces that their latents, of this shape, lie in. Left to the partitioner they would be gathered."""
+        if self.mesh.size == 1:
+            return pixels
+        pieces = NamedSharding(self._pieces(shape), PartitionSpec(None, None, "rows", "columns"))
+        return jax.lax.with_sharding_constraint(pixels, pieces)
+
+    def _pieces(self, shape: tuple[int, ...]) -> Mesh:
+        """A mesh of its own over the same devices: no axis of `mesh` can be cut into rows and columns."""
+        rows, columns = split_picture(shape[3], shape[4], self.mesh.size)
+        return Mesh(self.mesh.devices.reshape(rows, columns, -1), ("rows", "columns", "copies"))
+
+
+def split_picture(height: int, width: int, devices: int) -> tuple[int, int]:
+    """(rows, columns) of equal pieces that latents height x width are cut into: as many as `devices` allow, and among those
+    with the shortest edges, which are what neighbours exchange.
+
+    Pieces must be equal. Padding is not an option: a convolution would see it where upstream's sees its own zeros, one layer
+    after another. Where fewer pieces than devices are possible, every piece is decoded by several devices.
+    """
+
+    def edges(rows: int, columns: int) -> int:
+        return (rows > 1) * width // columns + (columns > 1) * height // rows
+
+    pairs = [(r, c) for r in range(1, devices + 1) for c in range(1, devices // r + 1) if devices % (r * c) == 0]
+    usable = [(r, c) for r, c in pairs if height % r == 0 and width % c == 0]
+    return max(usable, key=lambda pair: (pair[0] * pair[1], -edges(*pair), pair[0]))
+
+
+def describe_pieces(height: int, width: int, devices: int) -> str:
+    """How latents height x width are decoded, and whether devices do the same work twice; for plans and reports."""
+    rows, columns = split_picture(height, width, devices)
+    text = f"{rows} x {columns} pieces of {height // rows} x {width // columns} latents"
+    copies = devices // (rows * columns)
+    return text + (f", each by {copies} devices: {height} x {width} divides no further" if copies > 1 else "")
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:

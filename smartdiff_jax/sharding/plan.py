@@ -16,7 +16,7 @@ from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.sharding import traffic
 from smartdiff_jax.sharding.context_parallel import check_heads
-from smartdiff_jax.sharding.layout import Layout
+from smartdiff_jax.sharding.layout import split_picture
 from smartdiff_jax.sharding.rates import HOPPER, Rates
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers, num_shards
 
@@ -143,9 +143,8 @@ def gathered_bytes(work: Workload, mesh: MeshConfig) -> int:
 
 
 def decoder_bytes(work: Workload, mesh: MeshConfig) -> int:
-    """The decoder's activations, divided where its rows or columns divide (Layout.picture)."""
-    places = mesh_of_numbers(mesh)
-    return work.decoder // num_shards(places, Layout(places).picture(work.latent_shape).spec)
+    """The decoder's activations, divided as the picture is (layout.split_picture)."""
+    return work.decoder // math.prod(split_picture(*work.latent_shape[3:], mesh.num_devices))
 
 
 def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[str, float]:

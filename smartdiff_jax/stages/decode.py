@@ -1,7 +1,8 @@
 """Latents to pixels.
 
-On a mesh every device decodes its rows of the picture. Convolutions, norms and attention are those of the whole picture: the
-partitioner exchanges the rows next to the cuts, and sums over all devices.
+On a mesh every device decodes its piece of the picture (sharding/layout.py: split_picture). Convolutions, norms and attention
+are those of the whole picture: the partitioner exchanges the rows and columns next to the cuts and sums over all devices; only
+the middle of the network, at the size of the latents, gathers anything.
 """
 
 import math
@@ -31,7 +32,8 @@ class Decode:
             chunk = None if math.prod(latents.shape[2:]) <= WHOLE_CLIP_LATENTS else 1
             pixels = nnx.merge(graphdef, weights).decode(latents, chunk=chunk)
             unit = jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
-            return jnp.round(unit * 255.0).astype(jnp.uint8) if to_uint8 else unit
+            unit = jnp.round(unit * 255.0).astype(jnp.uint8) if to_uint8 else unit
+            return layout.as_picture(unit, latents.shape)
 
         self._decode = jit_in(dtype, decode, static_argnames="to_uint8")
 
