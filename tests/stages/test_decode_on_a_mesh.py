@@ -17,6 +17,7 @@ from smartdiff_jax.sharding.layout import Layout, describe_pieces, split_picture
 from smartdiff_jax.sharding.mesh import make_mesh, replicated
 from smartdiff_jax.stages import decode
 from smartdiff_jax.stages.decode import Decode
+from smartdiff_jax.weights.residency import Resident
 
 PICTURE = AutoencoderKLConfig(
     block_out_channels=(16,) * 3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -57,12 +58,12 @@ def stage(name: str, **axes: int) -> tuple[Decode, tuple[int, ...]]:
     mesh = make_mesh(MeshConfig(**axes))
     graphdef, weights = nnx.split(build(config, nnx.Rngs(0)))
     weights = jax.device_put(weights, replicated(mesh))
-    return Decode(graphdef, weights, jnp.float32, Layout(mesh)), shape
+    return Decode(graphdef, Resident(weights), jnp.float32, Layout(mesh)), shape
 
 
 def compiled(decoder: Decode, shape: tuple[int, ...]):
     latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=decoder._layout.picture(shape))
-    return decoder._decode.lower(decoder._weights, latents, to_uint8=False).compile()
+    return decoder._decode.lower(decoder._weights.kept, latents, to_uint8=False).compile()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,7 +77,7 @@ def test_pieces_are_decoded_as_the_whole(monkeypatch, name):
     whole, piece = compiled(alone, shape), compiled(split, shape)
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     reference, pixels = (
-        np.asarray(executable(decoder._weights, jax.device_put(latents, decoder._layout.picture(shape))))
+        np.asarray(executable(decoder._weights.kept, jax.device_put(latents, decoder._layout.picture(shape))))
         for executable, decoder in ((whole, alone), (piece, split))
     )
     np.testing.assert_allclose(pixels, reference, rtol=0, atol=1e-5)
