@@ -1,6 +1,7 @@
 """What the service promises when it is hurt: nothing accepted is lost, nothing is done twice, the bits are the same."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -42,7 +43,9 @@ def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server
         assert [each.state for each in ended] == ["succeeded"] * 4, ended
         assert len(client.jobs()) == 4
         metrics = httpx2.get(f"{second.url}/metrics").text
-        assert 'smartdiff_resumed_jobs_total{model="tiny-wan"} 1.0' in metrics
+        # A server that is asked to stop saves whatever it has begun, a picture that overtook the video too.
+        resumed = re.findall(r'^smartdiff_resumed_jobs_total\{model="tiny-wan"\} (\d+)', metrics, re.MULTILINE)
+        assert resumed == ["1"] if number == signal.SIGKILL else 1 <= int(resumed[0]) <= 4, resumed
         whole = undisturbed.generate("a red fox", **video)
         assert [client.read(url) for url in ended[0].files] == [undisturbed.read(url) for url in whole.files]
         assert ended[0].report["steps"] == whole.report["steps"] == ["F" * 200]
