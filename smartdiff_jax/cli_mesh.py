@@ -16,7 +16,6 @@ Size = Annotated[
     str | None, typer.Option(help="WIDTHxHEIGHTxFRAMES, of pictures WIDTHxHEIGHT.", show_default="the model's default")
 ]
 Memory = Annotated[float, typer.Option(help="GB of one device, as it is sold: of 2^30 bytes.", min=0.1)]
-CARD_GB = 2**30
 SHOWN = 4
 """Meshes besides the best that a proposal names."""
 
@@ -57,7 +56,7 @@ def plan(
 ) -> None:
     """Print the fastest mesh that fits as a YAML file, and why as comments in it."""
     from smartdiff_jax.engine.planning import outline, workload
-    from smartdiff_jax.sharding.plan import propose
+    from smartdiff_jax.sharding.plan import CARD_GB, propose
 
     work = workload(outline(model), size)
     proposal = propose(work, devices, round(memory * CARD_GB), outputs=outputs)
@@ -137,7 +136,7 @@ def _ms(seconds: float) -> str:
 
 
 def _fits(plan: "Plan", memory: float) -> str:
-    from smartdiff_jax.sharding.plan import GB
+    from smartdiff_jax.sharding.plan import CARD_GB, GB
 
     card = f"{memory:g} GB, a card of {memory * CARD_GB / GB:.2f}"
     return f"fits {card}" if plan.peak <= memory * CARD_GB else f"does not fit {card}"

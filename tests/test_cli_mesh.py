@@ -81,7 +81,7 @@ def test_a_proposal_is_a_file_that_passes(smartdiff, tmp_path, arguments):
 def test_a_proposal_says_why(smartdiff):
     _, out, _ = smartdiff("mesh", "plan", "--devices", "8", *WAN)
     assert "# slower: " in out and "# impossible: ulysses=8 (must divide the model's 12 heads)" in out
-    _, out, _ = smartdiff("mesh", "plan", "--devices", "2", "-m", "flux1-dev", "--memory", "24")
+    _, out, _ = smartdiff("mesh", "plan", "--devices", "2", "-m", "flux1-dev", "--memory", "20")
     assert "# too big: " in out and "fsdp: true" in out
 
 

@@ -21,6 +21,7 @@ from smartdiff_jax.sharding.rates import HOPPER, Rates
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers, num_shards
 
 GB = 10**9
+CARD_GB = 2**30
 FLOAT32 = 4
 
 
@@ -256,7 +257,7 @@ def propose(work: Workload, devices: int, memory: int, *, outputs: int = 1, rate
             f"no mesh of {devices} devices fits; the least is {least.peak / GB:.1f} GB a device with {name_of(least.mesh)}: "
             "use more devices, or larger ones"
         )
-        raise InvalidConfig("memory", round(memory / GB, 1), remedy)
+        raise InvalidConfig("memory", round(memory / CARD_GB, 1), remedy)
     fitting.sort(key=lambda plan: (round(plan.step(outputs), 6), len(plan.traffic)))
     best, *others = fitting
     single = plan_mesh(work, MeshConfig(), rates=rates)
