@@ -19,7 +19,7 @@ from smartdiff_jax.kernels.base import QKV
 from smartdiff_jax.sharding import traffic
 from smartdiff_jax.sharding.context_parallel import wrap
 from smartdiff_jax.sharding.mesh import make_mesh
-from smartdiff_jax.sharding.plan import GB, activation_bytes, gathered_bytes, meshes, name_of, plan_mesh, propose
+from smartdiff_jax.sharding.plan import CARD_GB, GB, activation_bytes, gathered_bytes, meshes, name_of, plan_mesh, propose
 from smartdiff_jax.sharding.rates import HOPPER
 from smartdiff_jax.sharding.weights import weight_sharding
 from smartdiff_jax.sharding.workload import Attention, Parameter, Workload
@@ -324,7 +324,7 @@ def test_weights_are_split_only_where_they_must_be():
     assert not roomy.mesh.fsdp and tight.mesh.fsdp
     assert tight.peak <= 20 * GB < roomy.peak and tight.step() > roomy.step()
     with pytest.raises(InvalidConfig, match=r"memory=5\.0.*no mesh of 4 devices.*the least is"):
-        propose(work, 4, 5 * GB)
+        propose(work, 4, 5 * CARD_GB)
 
 
 def test_outputs_go_over_the_data_axis():
