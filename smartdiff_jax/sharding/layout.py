@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from smartdiff_jax.sharding.context_parallel import SEQUENCE, padded_length
 
@@ -78,7 +78,7 @@ class Layout:
         """Of latents [b, c, f, h, w] on their way to pixels: in pieces of rows and columns, see `split_picture`."""
         return NamedSharding(self._pieces(shape), PartitionSpec(None, None, None, "rows", "columns"))
 
-    def as_picture(self, pixels: Float[Array, "b f y x rgb"], shape: tuple[int, ...]) -> Float[Array, "b f y x rgb"]:
+    def as_picture(self, pixels: Shaped[Array, "b f y x rgb"], shape: tuple[int, ...]) -> Shaped[Array, "b f y x rgb"]:
         """Pixels in the pieces that their latents, of this shape, lie in. Left to the partitioner they would be gathered."""
         if self.mesh.size == 1:
             return pixels
