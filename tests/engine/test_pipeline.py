@@ -89,7 +89,7 @@ def test_any_chunk_length_gives_the_same_bits(pipe, monkeypatch, chunk):
 
     reference = pipe("a red fox", **SMALL | dict(num_inference_steps=10))
     denoise = pipeline.denoise
-    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: denoise(*args, **options, chunk=chunk))
+    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: denoise(*args, **options | {"chunk": chunk}))
     assert np.array_equal(pipe("a red fox", **SMALL | dict(num_inference_steps=10)).latents, reference.latents)
 
 

@@ -35,7 +35,7 @@ def finished(pipe, resume=None, **changes):
 @pytest.fixture(autouse=True)
 def steps_are_chunks(monkeypatch):
     denoise = pipeline.denoise
-    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: denoise(*args, **options, chunk=1))
+    monkeypatch.setattr(pipeline, "denoise", lambda *args, **options: denoise(*args, **options | {"chunk": 1}))
 
 
 @pytest.mark.parametrize("sampler", ["flow_unipc", "flow_euler"])

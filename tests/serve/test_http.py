@@ -184,7 +184,8 @@ def test_status_calls_stay_prompt_under_load(http):
     assert sorted(times)[35] < 0.5, times
 
 
-def test_health_models_and_metrics(http):
+def test_health_models_and_metrics(http, client):
+    client.generate("a dog", **SMALL)  # steps are counted once there are any
     assert http.get("/healthz").json() == {"status": "alive"} and http.get("/readyz").json() == {"status": "ready"}
     (model,) = http.get("/v1/models").json()["data"]
     assert model["id"] == "tiny-wan" and model["task"] == "t2v" and http.get("/v1/models/tiny-wan").json() == model
