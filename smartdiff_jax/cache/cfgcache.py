@@ -18,7 +18,7 @@ from pydantic import Field
 from smartdiff_jax.cache.base import CachePolicy, Evaluate, Outlook, StandIn, State, Step
 from smartdiff_jax.cache.guards import Counters, Guarded, GuardParams, Guards
 from smartdiff_jax.cache.memory import Anchors
-from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
+from smartdiff_jax.cache.params import LAST_TIMESTEP, MAX_STEPS, ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.step_cache import StepMemory
 from smartdiff_jax.errors import InvalidRequest
 
@@ -60,7 +60,7 @@ class CFGCache(Guarded):
             return self, ()
         if outlook.ratio > 0.5:
             raise InvalidRequest("cache_ratio", outlook.ratio, "the negative branch is half of the work; give at most 0.5")
-        late = outlook.sigmas[:-1] * 1000.0 >= float(self.below)
+        late = LAST_TIMESTEP * outlook.sigmas[:-1] >= float(self.below)
         busy = late if "below" in outlook.given else None
         doubled = dataclasses.replace(outlook, ratio=min(2.0 * outlook.ratio, 1.0))
         return dataclasses.replace(self, guards=self.guards.within(doubled, busy, evenly=True)), ()

@@ -8,15 +8,16 @@ outputs of all attention modules are remembered, one residual stream each: 6 GB 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field, model_validator
 
 from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, State, Step
-from smartdiff_jax.cache.guards import Counters, GuardParams, Guards
+from smartdiff_jax.cache.guards import Counters, Guarded, GuardParams, Guards
 from smartdiff_jax.cache.params import LAST_TIMESTEP, MAX_STEPS, ModelNumbers, check_numbers, check_params
 
 
@@ -52,13 +53,15 @@ class PABMemory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PyramidAttentionBroadcast(CachePolicy):
+class PyramidAttentionBroadcast(Guarded):
     """A step at which any attention is held counts as skipped, though the blocks run. intervals: by kind of attention."""
 
     guards: Guards
     intervals: dict[str, Int[Array, ""]]
     min_timestep: Float[Array, ""]
     max_timestep: Float[Array, ""]
+
+    evenly: ClassVar[bool] = True
 
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "PyramidAttentionBroadcast":
@@ -74,11 +77,12 @@ class PyramidAttentionBroadcast(CachePolicy):
 
     def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
         """With a ratio all attention is computed at the same steps, evenly spread over those between the timesteps."""
+        fitted, _ = super().within(outlook)
+        return fitted, () if outlook.ratio is None else ("cache: at a skipped step attention is held and the rest computed",)
+
+    def busy(self, outlook: Outlook) -> Bool[np.ndarray, " t"]:
         timesteps = LAST_TIMESTEP * outlook.sigmas[:-1]
-        outside = (timesteps <= float(self.min_timestep)) | (timesteps >= float(self.max_timestep))
-        guards = self.guards.within(outlook, outside, evenly=True)
-        notes = () if outlook.ratio is None else ("cache: at a skipped step attention is held and the rest computed",)
-        return dataclasses.replace(self, guards=guards), notes
+        return (timesteps <= float(self.min_timestep)) | (timesteps >= float(self.max_timestep))
 
     def init_stack(self, stack: Stack) -> PABMemory:
         held = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stack.modules())

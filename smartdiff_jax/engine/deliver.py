@@ -46,7 +46,7 @@ def write_picture(artifacts: Artifacts, job_id: str, name: str, picture: np.ndar
 def report_of(output: GenerateOutput) -> dict[str, Any]:
     """What a user may know of how it was made."""
     report = dataclasses.asdict(output.report)
-    return {name: report[name] for name in ("params", "seconds", "steps", "shapes", "notes")}
+    return {name: report[name] for name in ("params", "seconds", "steps", "cache", "shapes", "notes")}
 
 
 def told(error: Exception) -> dict[str, str]:

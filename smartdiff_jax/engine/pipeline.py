@@ -79,11 +79,12 @@ class Pause(Progress):
 
 @dataclasses.dataclass(frozen=True)
 class _Course:
-    """How the loop will go for one request."""
+    """How the loop will go for one request. scales: guidance, by step."""
 
     sampler: Sampler
     schedule: Schedule
     experts: list[Expert]
+    scales: Float[np.ndarray, " max_steps"]
     policy: CachePolicy
     notes: tuple[str, ...]
 
@@ -213,11 +214,13 @@ class Pipeline:
         )
         sampler, defaults, steps = SAMPLERS[params.sampler], self.spec.sampling, params.num_inference_steps
         schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
-        experts = split_experts(self._denoisers, np.asarray(schedule.timesteps), steps, defaults.boundary)
+        timesteps = np.asarray(schedule.timesteps)
+        experts = split_experts(self._denoisers, timesteps, steps, defaults.boundary)
+        scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
         restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
         policy, notes = policy_for(params, self._model.cache_numbers, schedule, restarts)
         policy.check_model(self._num_blocks, 2 if defaults.guidance == "cfg" else 1)
-        return params, _Course(sampler, schedule, experts, policy, notes)
+        return params, _Course(sampler, schedule, experts, scales, policy, notes)
 
     def count_tokens(self, params: ResolvedParams) -> int:
         """Of one output."""
@@ -277,7 +280,6 @@ class Pipeline:
         clock.lap("text", branches)
         yield Progress("text", 1, 1)
 
-        scales = self._scales(params, course)
         results, frames, steps = ([], [], []) if resume is None else (list(resume.results), [], list(resume.steps))
         remembered, num_tokens = 0, self.count_tokens(params)
         batches = split_outputs(num_outputs, num_tokens, self.system.mesh.data)
@@ -295,7 +297,7 @@ class Pipeline:
                         yield self._pause(Progress("denoise", done, total), event, kept, self._model.patches.grid(shape))
                     else:
                         result = self._unpack(event.tokens, grid=self._model.patches.grid(shape))
-                        executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, scales)
+                        executed = executed_letters(np.asarray(event.executed), params.num_inference_steps, course.scales)
                         steps += [executed] * len(wanted)
                         remembered = max(remembered, memory_bytes(event.cache_state))
                 clock.lap("denoise", result)
@@ -389,7 +391,7 @@ class Pipeline:
         *_, carry = self._denoise(resolved, dataclasses.replace(course, policy=recorder), tokens, branches)
         assert isinstance(carry, DenoiseCarry), "a loop ends with its carry"
         (signals, _), (latents, velocities) = carry.cache_state
-        count = self._model.count_tokens(resolved.width, resolved.height, resolved.num_frames)
+        count = self.count_tokens(resolved)
         return Recording(
             signals=jax.tree.map(np.asarray, signals),
             latents=np.asarray(latents)[:, :, :count],
@@ -406,7 +408,7 @@ class Pipeline:
         resume: Checkpoint | None = None,
         stops: Collection[int] = (),
     ) -> Iterator[ChunkDone | DenoiseCarry]:
-        num_tokens = self._model.count_tokens(params.width, params.height, params.num_frames)
+        num_tokens = self.count_tokens(params)
         padded = num_tokens if self._layout.padding(num_tokens) else None
         return denoise(
             self._loop,
@@ -414,7 +416,7 @@ class Pipeline:
             tokens,
             branches,
             course.schedule,
-            self._scales(params, course),
+            course.scales,
             course.policy,
             course.sampler,
             padded,
@@ -423,10 +425,6 @@ class Pipeline:
             resume=resume,
             stops=stops,
         )
-
-    def _scales(self, params: ResolvedParams, course: _Course) -> Float[np.ndarray, " max_steps"]:
-        ends = [expert.last for expert in course.experts]
-        return guidance_table(params, self.spec.sampling, np.asarray(course.schedule.timesteps), ends)
 
     def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:
         """What each branch of guidance is told."""
