@@ -2,7 +2,7 @@
 
 On a mesh every device decodes its piece of the picture (sharding/layout.py: split_picture). Convolutions, norms and attention
 are those of the whole picture: the partitioner exchanges the rows and columns next to the cuts and sums over all devices; only
-the middle of the network, at the size of the latents, gathers anything.
+the middle of the network, at the size of the latents, gathers anything (JAX 0.10 the finished pixels of a clip too).
 """
 
 import math
