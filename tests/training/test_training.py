@@ -250,7 +250,7 @@ def test_the_causal_text_encoder_starts_by_looking_back():
     angles = np.outer(np.arange(8), 100.0 ** (-np.arange(8) / 8))
     for back in (1, 2):
         q_turned, k_turned = (
-            _turn_halves(jnp.broadcast_to(x[1:, :, back - 1, None], (1, 8, 1, 16)), (np.cos(angles), np.sin(angles)))
+            _turn_halves(jnp.broadcast_to(x[1:, :, back - 1, None], (1, 8, 1, 16)), (jnp.cos(angles), jnp.sin(angles)))
             for x in (q, k)
         )
         logits = np.asarray(jnp.einsum("bshd,bthd->st", q_turned, k_turned))[7] / 4
