@@ -1,5 +1,6 @@
 """Latents from the weights in training, through the product's own denoise loop, and contact sheets of what they decode to."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from smartdiff_jax.training.flow_matching import attend_with, part_of, told
 from smartdiff_jax.training.state import Component, Params
 from smartdiff_jax.training.trainees.base import TEXT_ENCODER, TRANSFORMER
 
-MARGIN, LABEL = 4, 14
+MARGIN, LABEL, LETTER = 4, 14, 6  # pixels around a picture, to a line of its label, to a letter
 
 
 class Generator:
@@ -89,14 +90,18 @@ def sheet(clips: UInt8[np.ndarray, "n f h w 3"], labels: Sequence[str], file: Pa
     n, total, height, width, _ = clips.shape
     columns = 4 if total == 1 else 2
     wanted = np.linspace(0, total - 1, min(frames, total)).round().astype(int)
-    cell = len(wanted) * (width + MARGIN) + 2 * MARGIN, height + LABEL + MARGIN
+    across = len(wanted) * (width + MARGIN) + 2 * MARGIN
+    written = [textwrap.wrap(label, across // LETTER) or [""] for label in labels]
+    above = LABEL * max(map(len, written), default=1)
+    cell = across, height + above + MARGIN
     rows = -(-n // columns)
     canvas = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
-    for index, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+    for index, (clip, lines) in enumerate(zip(clips, written, strict=True)):
         left, top = (index % columns) * cell[0] + MARGIN, (index // columns) * cell[1]
-        draw.text((left, top + 1), label if total == 1 else label[: cell[0] // 6], fill="black")
+        for number, line in enumerate(lines):
+            draw.text((left, top + 1 + number * LABEL), line, fill="black")
         for column, frame in enumerate(wanted):
-            canvas.paste(Image.fromarray(clip[frame]), (left + column * (width + MARGIN), top + LABEL))
+            canvas.paste(Image.fromarray(clip[frame]), (left + column * (width + MARGIN), top + above))
     file.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(file)
