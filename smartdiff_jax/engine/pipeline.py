@@ -322,7 +322,7 @@ class Pipeline:
                 **({"frames": pictures.shape} if pictures is not None else {}),
             },
             mesh=describe(self._model.mesh),
-            decoder=describe_pieces(*shape[3:], self._model.mesh.size) if self._model.mesh.size > 1 else "",
+            decoder=describe_pieces(shape[3], shape[4], self._model.mesh.size) if self._model.mesh.size > 1 else "",
             dtype=self._model.dtype.name,
             peak_memory=peak_memory(self._model.mesh.local_devices[0]),
             notes=encoded.notes + course.notes,

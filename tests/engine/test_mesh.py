@@ -54,15 +54,10 @@ def on_one_device(tmp_path_factory, system):
     return get
 
 
-# Every kind of splitting on a clip; of the pictures' families each takes the meshes that ask the most of what is its own: ring8
-# pads its joint sequence of text and picture, and the second mesh splits heads, weights or branches. Models without guidance
-# have no branches to give devices of their own.
-PAIRS = [("wan", mesh) for mesh in MESHES] + [
-    ("flux1", "ring8"), ("flux1", "ulysses2-ring4"),
-    ("flux2-klein", "ring3"), ("flux2-klein", "tensor2-ring2"),
-    ("qwen-image", "ring8"), ("qwen-image", "cfg2-ulysses2-ring2"),
-    ("z-image", "ring3"), ("z-image", "fsdp4"), ("z-image", "ulysses4"),
-]  # fmt: skip
+# Models without guidance have no branches to give devices of their own.
+PAIRS = [
+    (family, mesh) for family in FAMILIES for mesh in MESHES if "cfg" not in mesh or family in ("wan", "qwen-image", "z-image")
+]
 
 
 @pytest.mark.parametrize("family, mesh", PAIRS)
