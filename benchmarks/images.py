@@ -64,7 +64,7 @@ def problem(name: str, tiny: bool) -> dict[str, Any]:
         "vae": vae,
         "size": [width, height],
         "latents": [1, vae_config.z_dim, 1, height // stride, width // stride],
-        "text_length": 40 if tiny else TEXT_LENGTHS[name],
+        "text_length": 32 if tiny else TEXT_LENGTHS[name],
         "branches": 2 if spec.sampling.guidance == "cfg" else 1,
     }
 

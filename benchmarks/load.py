@@ -77,7 +77,8 @@ def write_folder(folder: Path, gb: float, tiny: bool) -> None:
     (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(about | {"weight_map": index}))
     described = {"_class_name": "QwenImageTransformer2DModel", **config.model_dump(mode="json")}
     (target / "config.json").write_text(json.dumps(described))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImagePipeline"}))
+    index_of_folder = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", described["_class_name"]]}
+    (folder / "model_index.json").write_text(json.dumps(index_of_folder))
 
 
 def _shard(target: Path, number: int) -> Path:
