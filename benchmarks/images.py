@@ -85,13 +85,15 @@ class Bench:
         from smartdiff_jax.models.family import Conditioning
         from smartdiff_jax.sharding.context_parallel import wrap
         from smartdiff_jax.sharding.mesh import make_mesh, replicated
+        from smartdiff_jax.weights.apart import apart
 
         self.task, self.spec = task, known_models()[task["name"]]
         self.family = FAMILIES[self.spec.family]
         self.mesh, self.dtype = make_mesh(MeshConfig()), resolve_dtype("auto")
         self.place = replicated(self.mesh)
         self.attend = wrap(ATTENTION[attention], self.mesh)
-        self.graphdef, self.config, self.weights = self._component("transformer")
+        self.graphdef, self.config, stacked = self._component("transformer")
+        self.weights = apart(stacked)
         patches = self.family.patches(self.config)
         grid, length, branches = patches.grid(tuple(task["latents"])), task["text_length"], task["branches"]
         width = self.config.joint_attention_dim if hasattr(self.config, "joint_attention_dim") else self.config.cap_feat_dim

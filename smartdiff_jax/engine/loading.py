@@ -28,6 +28,7 @@ from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.sharding.weights import ShardingFor, weight_sharding
 from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
+from smartdiff_jax.weights.apart import apart
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
 from smartdiff_jax.weights.hub import fetch
 from smartdiff_jax.weights.residency import at_rest
@@ -122,7 +123,10 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         _check_numbers(spec, name, component.config)
         configs[name] = read_config(architecture, component)
         place = at_rest(_placement(name, mesh, system.mesh), system.residency)
-        components[name] = _load_component(architecture, configs[name], component, dtype, place, store)
+        graphdef, weights = _load_component(architecture, configs[name], component, dtype, place, store)
+        if name.startswith("transformer") and _lie_apart(family, system):
+            weights = apart(weights)
+        components[name] = graphdef, weights
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(
             f"{folder.path} holds {'two experts' if 'transformer_2' in components else 'one expert'}, but its "
@@ -190,6 +194,13 @@ def _placement(component: str, mesh: Mesh, config: MeshConfig) -> ShardingFor:
     if component.startswith("text_encoder"):
         return weight_sharding(mesh, tensor=("ring", "ulysses", "tensor", "cfg"))
     return weight_sharding(mesh, tensor=())
+
+
+def _lie_apart(family: Family, system: SystemConfig) -> bool:
+    """Whether a denoiser's blocks lie apart: of a picture's, on a GPU, where copies out of a stack show. Weights that are
+    gathered or fetched for every use are copied anyway, and come as stacks."""
+    fetched = system.mesh.fsdp or system.residency != "all"
+    return jax.default_backend() == "gpu" and family.task == "t2i" and not fetched
 
 
 def resolve_dtype(name: str) -> Any:

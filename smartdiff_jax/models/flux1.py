@@ -29,6 +29,7 @@ from smartdiff_jax.models.layers import (
     gated_add,
     gelu,
     modulated_norm,
+    pick_block,
     stack_blocks,
     timestep_embedding,
 )
@@ -314,8 +315,7 @@ class Flux1Transformer(nnx.Module):
 
     def probe(self, hidden: Streams, context: Flux1Context) -> Float[Array, "b s d"]:
         """The picture's modulated input of block 0's attention."""
-        graphdef, stack = nnx.split(self.double_blocks.image.modulation)
-        shift, scale, *_ = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], stack))(context.temb)
+        shift, scale, *_ = pick_block(self.double_blocks.image.modulation, 0)(context.temb)
         return modulated_norm(hidden[0], shift, scale, EPS)
 
     def time_embedding(self, context: Flux1Context) -> Float[Array, "b 1 d"]:

@@ -164,9 +164,25 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], Block], num_blocks: int, rngs:
     return nnx.split_rngs(splits=num_blocks)(nnx.vmap(make_block))(rngs)
 
 
-def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], hidden: T) -> T:
-    """Run stacked blocks lo to hi - 1 over `hidden`: `call(block, hidden)` is traced once."""
+def pick_block(blocks: Block, index: int) -> Block:
+    """One of `blocks`, stacked or apart (or the same part of each of them) by itself."""
     graphdef, stack = nnx.split(blocks)
+    return nnx.merge(graphdef, _pick(stack, index))
+
+
+def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], hidden: T) -> T:
+    """Run blocks lo to hi - 1 over `hidden`: `call(block, hidden)` is traced once.
+
+    Stacked blocks are one scan. Blocks whose weights lie apart (weights/apart.py) are compiled one behind the other: as
+    many times the code, but a scan copies every block's weights out of the stack before it reads them.
+    """
+    graphdef, stack = nnx.split(blocks)
+
+    if any(map(_is_apart, jax.tree.leaves(stack, is_leaf=_is_apart))):
+        run = jax.jit(lambda layer, hidden: call(nnx.merge(graphdef, layer), hidden))
+        for index in range(lo, hi):
+            hidden = run(_pick(stack, index), hidden)
+        return hidden
 
     def body(hidden: T, index: Array) -> tuple[T, None]:
         # Indexed here and not sliced [lo:hi] outside: that would be a second copy of the weights on the device.
@@ -174,3 +190,11 @@ def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], 
         return call(nnx.merge(graphdef, layer), hidden), None
 
     return jax.lax.scan(body, hidden, jnp.arange(lo, hi))[0]
+
+
+def _is_apart(leaf: object) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _pick(stack: nnx.State, index: int) -> nnx.State:
+    return jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=_is_apart)

@@ -29,6 +29,7 @@ from smartdiff_jax.models.layers import (
     gated_add,
     gelu,
     modulated_norm,
+    pick_block,
     stack_blocks,
     timestep_embedding,
 )
@@ -248,9 +249,7 @@ class QwenImageTransformer(nnx.Module):
 
     def probe(self, hidden: Streams, context: QwenImageContext) -> Float[Array, "b s d"]:
         """The picture's modulated input of block 0."""
-        graphdef, stack = nnx.split(self.blocks.image)
-        stream = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], stack))
-        attention, _ = stream.modulations(context.time)
+        attention, _ = pick_block(self.blocks.image, 0).modulations(context.time)
         return modulated_norm(hidden[0], attention.shift, attention.scale, EPS)
 
     def time_embedding(self, context: QwenImageContext) -> Float[Array, "b 1 d"]:

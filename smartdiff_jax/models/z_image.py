@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
-from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, stack_blocks, timestep_embedding
+from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, pick_block, stack_blocks, timestep_embedding
 from smartdiff_jax.models.modules import joint_attention, module, scan_attending, side_by_side
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
@@ -377,8 +377,7 @@ class ZImageTransformer(nnx.Module):
 
     def probe(self, hidden: Streams, context: ZImageContext) -> Float[Array, "b s d"]:
         """The picture's modulated input of block 0, a refiner."""
-        graphdef, stack = nnx.split(self.refiners.image)
-        block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], stack))
+        block = pick_block(self.refiners.image, 0)
         return block.attention_input(hidden[0], block.modulations(context.time)[0])
 
     def time_embedding(self, context: ZImageContext) -> Float[Array, "b 1 t"]:

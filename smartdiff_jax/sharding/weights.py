@@ -38,7 +38,7 @@ def weight_sharding(mesh: Mesh, *, fsdp: bool = False, tensor: Sequence[str] = (
             spec[along] = axes
         if fsdp and math.prod(shape) >= SMALLEST:
             rest = tuple(axis for axis in SEQUENCE if axis not in axes and mesh.shape[axis] > 1)
-            free = [i for i in range(_first_axis(path), len(shape)) if spec[i] is None and _size(mesh, rest)]
+            free = [i for i in range(is_stacked(path), len(shape)) if spec[i] is None and _size(mesh, rest)]
             fitting = [i for i in free if shape[i] % _size(mesh, rest) == 0]
             if rest and fitting:
                 spec[max(fitting, key=lambda i: shape[i])] = rest
@@ -53,9 +53,9 @@ def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
     return len(shape) - 2 if re.fullmatch(OUT_OF, path) else None
 
 
-def _first_axis(path: str) -> int:
-    """Behind the axis of layers, where blocks are stacked."""
-    return 1 if "blocks." in path or "refiners." in path else 0
+def is_stacked(path: str) -> bool:
+    """Whether the parameter of that dotted path has a leading axis of blocks."""
+    return "blocks." in path or "refiners." in path
 
 
 def _dividing(mesh: Mesh, axes: Sequence[str], size: int) -> tuple[str, ...]:

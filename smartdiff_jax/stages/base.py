@@ -21,6 +21,12 @@ class Progress:
     total: int
 
 
+COMPILER_OPTIONS = {
+    # XLA would make one product of those that read the same input, and for that put their weights side by side at every step.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
 def jit_in(dtype: Any, function: Callable, **options: Any) -> Any:
     """jax.jit of a stage that computes in `dtype`: float32 means float32, where a GPU would multiply in TF32."""
     precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
@@ -30,4 +36,4 @@ def jit_in(dtype: Any, function: Callable, **options: Any) -> Any:
         with jax.default_matmul_precision(precision):
             return function(*args, **kwargs)
 
-    return jax.jit(traced, **options)
+    return jax.jit(traced, compiler_options=COMPILER_OPTIONS, **options)

@@ -1,9 +1,7 @@
 """Policies driven two ways: over a toy stack of blocks, and through the real denoise loop on a golden's tiny transformer."""
 
 import dataclasses
-import functools
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +19,10 @@ from smartdiff_jax.samplers.flow_euler import FlowEuler
 from smartdiff_jax.sharding.context_parallel import wrap
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.mesh import make_mesh
-from smartdiff_jax.stages import denoise as stage
 from smartdiff_jax.stages.denoise import DenoiseLoop, Expert, denoise
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain
 from smartdiff_jax.weights.residency import Resident
 
-# Compiling is nearly all the time these tests take; XLA's own passes run as ever.
-FAST_COMPILE = {"compiler_options": {"xla_backend_optimization_level": 0}}
 MODELS = {"cache_wan": wan, "cache_flux1": flux1}
 
 
@@ -75,7 +70,7 @@ class Toy:
 
     def __init__(self):
         self.traces = 0
-        self._run = jax.jit(self._loop, **FAST_COMPILE)
+        self._run = jax.jit(self._loop)
 
     def _loop(self, policy, stacks, num_steps, first, token_weights):
         self.traces += 1
@@ -180,7 +175,6 @@ class Tiny:
         run = denoise(
             self.loop, experts, self.tokens, self.branches, schedule, scales, policy, FlowEuler(), self.num_tokens, chunk=steps
         )
-        with mock.patch.object(stage, "jit_in", functools.partial(stage.jit_in, **FAST_COMPILE)):
-            *_, carry = run
+        *_, carry = run
         executed = np.asarray(carry.executed)[:steps]
         return np.asarray(carry.tokens)[:, : int(np.prod(self.grid))], [as_string(column) for column in executed.T]

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from loops import FAST_COMPILE, as_string
+from loops import as_string
 
 from smartdiff_jax.cache.base import Step
 from smartdiff_jax.samplers.base import MAX_STEPS
@@ -19,7 +19,7 @@ class StepToy:
     def __init__(self, count_evaluations=False):
         self.traces = self.evaluations = 0
         self._counts = count_evaluations
-        self._run = jax.jit(self._loop, **FAST_COMPILE)
+        self._run = jax.jit(self._loop)
 
     def _evaluated(self):
         self.evaluations += 1

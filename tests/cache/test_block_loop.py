@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import relative_error
-from loops import FAST_COMPILE, Tiny
+from loops import Tiny
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.config.system import MeshConfig
@@ -119,7 +119,7 @@ def test_xla_keeps_one_conditional_a_site_and_selects_no_hidden_states(name, con
     lowered = jax.jit(lambda leaves: loop._run(*jax.tree.unflatten(structure, leaves))).lower(leaves)
     operations = Counter(re.findall(r"= \"?stablehlo\.(\w+)", lowered.as_text()))
     assert operations["case"] + operations["if"] == conditionals
-    compiled = lowered.compile(**FAST_COMPILE).as_text()
+    compiled = lowered.compile().as_text()
     assert len(re.findall(r"\) conditional\(", compiled)) == conditionals
     stream = next(leaf for leaf in jax.tree.leaves(carry.cache_state[0]) if leaf.ndim > 3)
     hidden = ",".join(str(size) for size in stream.shape[-2:])

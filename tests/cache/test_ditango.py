@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loops import FAST_COMPILE, Tiny, Toy
+from loops import Tiny, Toy
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.base import Stack
@@ -44,7 +44,7 @@ def test_own_keys_of_now_and_remote_keys_of_then(ring, ulysses, text):
     size = 18  # padded to 20
     attend = wrap(xla_attention, make_mesh(MeshConfig(ring=ring, ulysses=ulysses)))
     streams = [(draw(rng, size), draw(rng, text) if text else None) for _ in range(2)]
-    call = jax.jit(lambda streams, held, fresh: attend.attention_with_remote(*streams, None, held, fresh), **FAST_COMPILE)
+    call = jax.jit(lambda streams, held, fresh: attend.attention_with_remote(*streams, None, held, fresh))
     held = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), attend.remote_shapes(*streams[0]))
     *then, held = call(streams[0], held, True)
     *now, after = call(streams[1], held, False)

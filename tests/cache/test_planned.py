@@ -1,13 +1,11 @@
 """Plans in the real denoise loop, and what a calibration writes down there."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import relative_error
-from loops import FAST_COMPILE, Tiny, toy_stacks
+from loops import Tiny, toy_stacks
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.auto import Auto
@@ -68,7 +66,7 @@ def test_predictions_are_the_plans():
     policy, computed = Planned.of(plan.fresh, plan.weights), []
     state = policy.init_step(jnp.zeros((1, 4, 3)))
 
-    @functools.partial(jax.jit, **FAST_COMPILE)
+    @jax.jit
     def run(state, index, velocity):
         step = Step(index, jnp.int32(9), jnp.zeros(MAX_STEPS + 1), jnp.float32(0), jnp.bool_(False))
         return policy.step(state, (), step, velocity, lambda inner: (velocity, None, inner, jnp.ones(2, bool)), 2)
@@ -115,7 +113,7 @@ def test_recorded_signals_by_hand():
     recorder = Recorder(8, "modulated_input", 1)
     state = recorder.init_blocks(stacks.hidden[0])
 
-    @functools.partial(jax.jit, **FAST_COMPILE)
+    @jax.jit
     def run(state, index, stack):
         step = Step(index, jnp.int32(8), jnp.zeros(MAX_STEPS + 1), jnp.float32(0), jnp.bool_(False))
         return recorder.blocks(state, step, stack)
