@@ -171,32 +171,31 @@ class Bench:
         device = jax.devices()[0]
         inputs = self.weights, self.tokens, self.branches
         results: dict[str, Any] = {"stamp": stamp(commit), "dtype": self.dtype.name, "tokens": self.tokens.shape[1]}
-        results["forward"] = _measured(self.forward, inputs, repeats)
+        results["forward"] = self._measured(self.forward, inputs, repeats)
         if self.task["branches"] == 2:
-            results["both_branches"] = _measured(self.guided, inputs, repeats)
+            results["both_branches"] = self._measured(self.guided, inputs, repeats)
         stats = device.memory_stats() or {}
         results["peak_gb"] = stats.get("peak_bytes_in_use", 0) / GB
         self.weights = inputs = None  # the decoder's peak is its own
         self.vae_graph, _, vae = self._component("vae")
         latents = jax.random.normal(jax.random.key(3), tuple(self.task["latents"]), jnp.float32).astype(self.dtype)
-        results["vae_decode"] = _measured(self.decode, (vae, latents), repeats)
+        results["vae_decode"] = self._measured(self.decode, (vae, latents), repeats)
         return results
 
+    def _measured(self, fn: Any, inputs: Any, repeats: int) -> dict[str, Any]:
+        """Seconds of a compiled function, of compiling it, and the memory that the executable takes with its arguments."""
+        from smartdiff_jax.stages.base import jit_in
 
-def _measured(fn: Any, inputs: Any, repeats: int) -> dict[str, Any]:
-    """Seconds of a compiled function, of compiling it, and the memory that the executable takes with its arguments."""
-    import jax
-
-    began = time.perf_counter()
-    compiled = jax.jit(fn).lower(*inputs).compile()
-    seconds_to_compile = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    return {
-        "seconds": time_call(compiled, *inputs, warmup=2, repeats=repeats),
-        "compile_s": seconds_to_compile,
-        "arguments_gb": memory.argument_size_in_bytes / GB,
-        "above_arguments_gb": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / GB,
-    }
+        began = time.perf_counter()
+        compiled = jit_in(self.dtype, fn).lower(*inputs).compile()
+        seconds_to_compile = time.perf_counter() - began
+        memory = compiled.memory_analysis()
+        return {
+            "seconds": time_call(compiled, *inputs, warmup=2, repeats=repeats),
+            "compile_s": seconds_to_compile,
+            "arguments_gb": memory.argument_size_in_bytes / GB,
+            "above_arguments_gb": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / GB,
+        }
 
 
 def main() -> None:
