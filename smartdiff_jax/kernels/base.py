@@ -43,6 +43,11 @@ class Attend(Protocol):
     All scale by 1/sqrt(d) and return out [b, s, h, d] in q's dtype.
     """
 
+    @property
+    def whole(self) -> bool:
+        """Whether no stream is split or padded, so that picture and text may be joined into one."""
+        ...
+
     def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:
         """The picture's tokens among themselves."""
         ...

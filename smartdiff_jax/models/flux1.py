@@ -162,9 +162,9 @@ class Flux1QKV(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], rope: Rope | None) -> QKV:
         q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
+        if rope is None:
+            return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
+        return QKV(apply_rope(q, rope, v.dtype), apply_rope(k, rope, v.dtype), v)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)

@@ -184,8 +184,7 @@ class Flux2HeadNorm(nnx.Module):
 
     def __call__(self, q: Float[Array, "b n d"], k: Float[Array, "b n d"], v: Float[Array, "b n d"], rope: Rope) -> QKV:
         q, k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (q, k, v))
-        q, k = apply_rope(self.q(q), rope), apply_rope(self.k(k), rope)
-        return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
+        return QKV(apply_rope(self.q(q), rope, v.dtype), apply_rope(self.k(k), rope, v.dtype), v)
 
 
 class Flux2Stream(nnx.Module):

@@ -55,6 +55,16 @@ def joint_attention(attend: Attend, streams: Callable[[], tuple[QKV, QKV]], text
     return module(attend, "joint_attention", attended)
 
 
+def joined_attention(attend: Attend, stream: Callable[[], QKV], length: Any) -> Float[Array, "b n d"]:
+    """The same module where picture and text, in this order, are one stream. length: int32 [b], what of it counts, or None."""
+
+    def attended():
+        with jax.named_scope("attention"):
+            return side_by_side(attend.text_attention(stream(), text_length=length))
+
+    return module(attend, "joint_attention", attended)
+
+
 def side_by_side(heads: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
     """What the heads attended to as one vector."""
     return heads.reshape(*heads.shape[:2], -1)
@@ -72,6 +82,10 @@ class _Wrapped:
 
     def __init__(self, attend: Attend):
         self._attend = attend
+
+    @property
+    def whole(self):
+        return self._attend.whole
 
     def self_attention(self, tokens):
         return self._attend.self_attention(tokens)

@@ -160,8 +160,7 @@ class QwenImageStream(nnx.Module):
     def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> QKV:
         x = modulated_norm(hidden, modulation.shift, modulation.scale, EPS)
         q, k, v = (layer(x).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
+        return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
 
     def update(
         self,

@@ -6,8 +6,10 @@ and not on the grid they came from. Pairs are interleaved: features 2i and 2i + 
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -30,10 +32,14 @@ def axial_rope_table(
 
 
 def apply_rope(
-    x: Float[Array, "b s h d"], rope: tuple[Float[Array, "c s r"], Float[Array, "c s r"]]
+    x: Float[Array, "b s h d"], rope: tuple[Float[Array, "c s r"], Float[Array, "c s r"]], dtype: DTypeLike
 ) -> Float[Array, "b s h d"]:
-    """Turn the pairs of each head, in float32, back in x's dtype. The table's batch is b or 1."""
+    """Turn the pairs of each head, in float32; x is rounded to `dtype` before, as upstream's norms give it, and after. The
+    table's batch is b or 1."""
+    if x.dtype != dtype:
+        # XLA would hand the float32 numbers on to the next kernel, twice the bytes, as more precise than was asked for.
+        x = jax.lax.optimization_barrier(x.astype(dtype))
     cos, sin = (table[:, :, None, :, None] for table in rope)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     # A reversed pair instead of two strided halves: XLA fuses this with the norm before it.
-    return (pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))).reshape(x.shape).astype(x.dtype)
+    return (pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))).reshape(x.shape).astype(dtype)

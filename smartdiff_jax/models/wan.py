@@ -135,7 +135,7 @@ class WanAttention(nnx.Module):
     def self_attention(self, x: Float[Array, "b s d"], attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
         q, k, v = self._qkv(x, x)
         with jax.named_scope("attention"):
-            tokens = QKV(apply_rope(q, rope).astype(v.dtype), apply_rope(k, rope).astype(v.dtype), v)
+            tokens = QKV(apply_rope(q, rope, v.dtype), apply_rope(k, rope, v.dtype), v)
             out = attend.self_attention(tokens)
         return self.out(out.reshape(x.shape))
 

@@ -31,7 +31,7 @@ from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, pick_block, stack_blocks, timestep_embedding
-from smartdiff_jax.models.modules import joint_attention, module, scan_attending, side_by_side
+from smartdiff_jax.models.modules import joined_attention, joint_attention, module, scan_attending, side_by_side
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
 
@@ -243,8 +243,7 @@ class ZImageBlock(nnx.Module):
 
     def _qkv(self, x: Float[Array, "b n d"], rope: Rope) -> QKV:
         q, k, v = (layer(x).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
+        return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
 
 
 def _add(x: Float[Array, "b n d"], y: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -357,7 +356,7 @@ class ZImageTransformer(nnx.Module):
         def refine(block: ZImageRefiner, hidden: Streams, attend: Attend) -> Streams:
             return block(hidden, context, attend)
 
-        def single_stream(block: ZImageBlock, hidden: Streams, attend: Attend) -> Streams:
+        def two_streams(block: ZImageBlock, hidden: Streams, attend: Attend) -> Streams:
             attention = partial(joint_attention, attend, text_length=length)
             tokens, text = block(hidden, (context.rope, context.text_rope), context.time, attention)
             return tokens, text
@@ -365,8 +364,33 @@ class ZImageTransformer(nnx.Module):
         if lo < min(hi, first):
             hidden = scan_attending(self.refiners, lo, min(hi, first), refine, hidden, attend)
         if max(lo, first) < hi:
-            hidden = scan_attending(self.blocks, max(lo, first) - first, hi - first, single_stream, hidden, attend)
+            lo, hi = max(lo, first) - first, hi - first
+            if not attend.whole:
+                return scan_attending(self.blocks, lo, hi, two_streams, hidden, attend)
+            hidden = self._run_joined(hidden, context, length, attend, lo, hi)
         return hidden
+
+    def _run_joined(
+        self, hidden: Streams, context: ZImageContext, length: Int[Array, " b"] | None, attend: Attend, lo: int, hi: int
+    ) -> Streams:
+        """Blocks lo to hi - 1 of the single-stream ones on picture and text as one: the products of a few rows of text take
+        as long as they take for many, and side by side with the picture's nearly nothing."""
+        size = hidden[0].shape[1]
+        batch = max(table.shape[0] for table in (context.rope[0], context.text_rope[0]))
+        rope = tuple(
+            jnp.concatenate([jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in tables], axis=1)
+            for tables in zip(context.rope, context.text_rope, strict=True)
+        )
+        counts = None if length is None else size + length
+
+        def one_stream(block: ZImageBlock, hidden: Array, attend: Attend) -> Array:
+            def attention(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
+                return (joined_attention(attend, lambda: qkv()[0], counts),)
+
+            return block((hidden,), (rope,), context.time, attention)[0]
+
+        joined = scan_attending(self.blocks, lo, hi, one_stream, jnp.concatenate(hidden, axis=1), attend)
+        return joined[:, :size], joined[:, size:]
 
     def head(self, hidden: Streams, context: ZImageContext) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""

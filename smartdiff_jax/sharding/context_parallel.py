@@ -81,6 +81,10 @@ class LocalAttend:
     def __init__(self, kernel: AttentionFn, num_tokens: NumTokens | None = None):
         self._kernel, self._num_tokens = kernel, num_tokens
 
+    @property
+    def whole(self) -> bool:
+        return self._num_tokens is None
+
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
         return LocalAttend(self._kernel, num_tokens)
@@ -129,6 +133,10 @@ class MeshAttend:
     text: TextMode = "replicated"
     batch: tuple[str, ...] = ("data",)
     num_tokens: NumTokens | None = None
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":
         """This attention for token axes padded behind `num_tokens`, which may be traced.
