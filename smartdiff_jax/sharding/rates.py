@@ -47,11 +47,11 @@ HOPPER = Rates(
     # Measured, H100: what attention (198 TFLOP) and matmuls (82) leave of Wan2.1-1.3B's 525 ms at 832x480x81, 30 blocks.
     elementwise=42e-12,
     memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
-    # Measured, two H100: 8 and 64 MiB in a row, 256 GB/s all to all and 285 in permutes of NVLink's 450 (its data sheet's 900
-    # both ways). The all-to-alls of a step of Wan2.1-1.3B got 207 with what starting them takes.
+    # Measured, two H100, link and latency together: all-to-alls in steps of Wan2.1-1.3B (50 MB, 243 microseconds) and FLUX.1
+    # (14 MB, 105). Alone, from 8 to 64 MiB: 256 to 288. NVLink's data sheet says 450 each way.
     link=270e9,
     network=50e9,  # data sheet: 400 Gb/s of InfiniBand per GPU
-    latency=50e-6,  # measured, two H100: what the same collectives take besides, 53 to 66 microseconds; 1 MiB takes 39 to 66
+    latency=50e-6,  # measured: see link; alone 55 to 78 microseconds, 39 to 66 for 1 MiB
     shown=0.5,  # measured, two H100 with Ulysses: 7 ms of Wan2.1-1.3B's 14 at 832x480x81, 23 of FLUX.1's 47 at 1024x1024
     devices_per_host=8,
     reserved=6 * 10**8,  # assumed
