@@ -5,8 +5,9 @@
     python benchmarks/parallel.py --model wan --tiny      anywhere, on 4 virtual devices, to see that it runs
 
 Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
-without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone. The decoder on one
-device and on all. Peaks of memory are of the process so far; a call of its own (--only NAME) measures the peak of one mesh.
+without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone, and with
+--profile the kernels of a step. The links alone, and the decoder on one device and on all. Peaks of memory are of the process
+so far; a call of its own (--only NAME) measures the peak of one mesh.
 Writes benchmarks/results/parallel-<model>-<device>.json after every measurement.
 """
 
@@ -60,6 +61,10 @@ TINY_DENOISER: dict[str, dict[str, Any]] = {
 TINY_SIZE = {"wan": "64x64x5", "flux": "64x64"}
 
 
+CHAIN = 8
+"""Calls in a row, where one alone is so short that starting it would count."""
+
+
 class WithoutAttention:
     """`Attend` that hands queries back: what is left of a step."""
 
@@ -108,19 +113,19 @@ def cases(devices: int, heads: int, guided: bool) -> list[Case]:
 class Bench:
     """One model: its numbers and its work at one size."""
 
-    def __init__(self, name: str, tiny: bool, attention: str, repeats: int):
+    def __init__(self, name: str, tiny: bool, attention: str, repeats: int, profile: Path | None):
         self.dtype = jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
         known, self.size = MODELS[name]
         model = outline(known, self.dtype)
         if tiny:
             self.size = TINY_SIZE[name]
             model = shrunk(model, {"transformer": TINY_DENOISER[name], "vae": TINY_VAE[name]}, self.dtype)
-        self.model, self.attention, self.repeats = model, attention, repeats
+        self.model, self.attention, self.repeats, self.profile = model, attention, repeats, profile
         self.work: Workload = workload(model, self.size)
         self.guided = self.work.branches > 1
 
-    def step(self, case: Case, attend: Any = None) -> dict[str, Any]:
-        """Seconds of one denoising step, all branches of guidance, with the sampler."""
+    def step(self, case: Case, attend: Any = None, trace: bool = False) -> dict[str, Any]:
+        """Seconds of one denoising step, all branches of guidance, with the sampler. peak_before_gb: of making the weights."""
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
@@ -138,20 +143,31 @@ class Bench:
         num_tokens = np.int32(self.work.tokens) if layout.padding(self.work.tokens) else None
         start, run = loop.functions(weights, tokens, branches, policy, sampler)
         carry = start(weights, tokens, branches, policy, sampler)
+
+        def one_step(index, carry):
+            bounds = np.int32(index), np.int32(index + 1), np.int32(0)
+            return jax.block_until_ready(run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens))
+
+        before = peak_gb(mesh)
         seconds = []
         for index in range(1 + self.repeats):
             began = time.perf_counter()
-            bounds = np.int32(index), np.int32(index + 1), np.int32(0)
-            carry = run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens)
-            jax.block_until_ready(carry)
+            carry = one_step(index, carry)
             seconds.append(time.perf_counter() - began)
+        traced = {}
+        if trace and self.profile:
+            folder = self.profile / case.name.replace("=", "").replace(" ", "-")
+            with jax.profiler.trace(str(folder), profiler_options=quiet()):
+                carry = one_step(1 + self.repeats, carry)
+            traced = {"kernels_ms": kernels(folder)}
         return {
             "compile_and_first_s": seconds[0],
             "median": float(np.median(seconds[1:])),
             "min": min(seconds[1:]),
             "max": max(seconds[1:]),
             "peak_gb": peak_gb(mesh),
-        }
+            "peak_before_gb": before,
+        } | traced
 
     def inputs(self, layout: Layout) -> tuple[Conditioning, jax.Array]:
         count = 2 if self.guided else 1
@@ -174,24 +190,60 @@ class Bench:
         calls, mesh = self.work.split_attention[0], make_mesh(case.mesh)
         pieces = case.mesh.ring * case.mesh.ulysses
         length = padded_length(self.work.tokens + calls.text, mesh)
-        shape = (1, length, calls.heads, calls.head_dim)
         attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring)
-        spec = PartitionSpec(None, SEQUENCE)
-        whole = jax.device_put(np.full(shape, 0.1, np.float32).astype(self.dtype), jax.NamedSharding(mesh, spec))
         kernel = ATTENTION[self.attention]
         heads, queries = calls.heads // case.mesh.ulysses, length // case.mesh.ring
         keys = length if case.ring == "gather" else queries
-        q, k = (jnp.full((1, rows, heads, calls.head_dim), 0.1, self.dtype) for rows in (queries, keys))
+        q, k, v = (self.normal(1, rows, heads, calls.head_dim) for rows in (queries, keys, keys))
         turns = 1 if case.ring == "gather" else case.mesh.ring
-        with_lse = turns > 1
-        alone = jax.jit(lambda q, k: kernel(q, k, k, with_lse=with_lse))
+        placed = jax.NamedSharding(mesh, PartitionSpec(None, SEQUENCE))
+        whole = [jax.device_put(self.normal(1, length, calls.heads, calls.head_dim), placed) for _ in range(3)]
         return {
-            "attention": time_call(jax.jit(lambda x: attend.self_attention(QKV(x, x, x))), whole, repeats=self.repeats),
-            "kernel": {name: turns * value for name, value in time_call(alone, q, k, repeats=self.repeats).items()},
-            "messages": time_call(messages(mesh, case), whole, repeats=self.repeats),
+            "attention": self.chained(lambda q, k, v: attend.self_attention(QKV(q, k, v)), *whole),
+            "kernel": {
+                name: turns * value
+                for name, value in self.chained(lambda q, k, v: kernel(q, k, v, with_lse=turns > 1)[0], q, k, v).items()
+            },
+            "messages": self.chained(messages(mesh, case), *whole),
             "calls": sum(calls.count for calls in self.work.split_attention) * self.work.branches,
             "pieces": pieces,
         }
+
+    def links(self, devices: int) -> dict[str, Any]:
+        """Seconds of one collective over all devices, by its kind and the bytes that a device sends."""
+        mesh = make_mesh(MeshConfig(ulysses=devices))
+        onward = [(device, (device + 1) % devices) for device in range(devices)]
+        kinds = {
+            "permute": lambda x: lax.ppermute(x, "ulysses", onward),
+            "all_to_all": lambda x: lax.all_to_all(x, "ulysses", split_axis=0, concat_axis=0, tiled=True),
+        }
+        spec, found = PartitionSpec("ulysses"), {}
+        for kind, local in kinds.items():
+            run = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+            for megabytes in (1, 8, 64):
+                rows = devices * (devices if kind == "all_to_all" else 1)
+                sent = megabytes << 20
+                row = sent // (devices - 1) if kind == "all_to_all" else sent
+                x = jax.device_put(self.normal(rows, row // self.dtype.itemsize), jax.NamedSharding(mesh, spec))
+                found[f"{kind} {sent}"] = self.chained(run, x)
+        return found
+
+    def normal(self, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, self.dtype)
+
+    def chained(self, fn: Any, *args: Any) -> dict[str, float]:
+        """Seconds of fn(*args) where it is not waited for: one of CHAIN calls in a row, on the same arguments."""
+
+        def body(_, carry):
+            args, _ = carry
+            # The next call waits for this one, at no cost.
+            return lax.optimization_barrier((args, fn(*args)))
+
+        def run(*args):
+            return lax.fori_loop(0, CHAIN, body, (args, fn(*args)))[1]
+
+        found = time_call(jax.jit(run), *args, warmup=1, repeats=self.repeats)
+        return {name: value / (1 + CHAIN) for name, value in found.items()}
 
     def decode(self, devices: int) -> dict[str, Any]:
         config = MeshConfig(ring=devices)
@@ -208,8 +260,8 @@ def messages(mesh: Mesh, case: Case) -> Any:
     """What one attention sends, and nothing else: Ulysses there and back, keys and values around the ring or gathered."""
     ring, ulysses = case.mesh.ring, case.mesh.ulysses
 
-    def local(x):
-        stack = jnp.stack([x, x, x])
+    def local(q, k, v):
+        stack = jnp.stack([q, k, v])
         if ulysses > 1:
             stack = lax.all_to_all(stack, "ulysses", split_axis=3, concat_axis=2, tiled=True)
         out, kv = stack[0], stack[1:]
@@ -223,7 +275,7 @@ def messages(mesh: Mesh, case: Case) -> Any:
         return lax.all_to_all(out, "ulysses", split_axis=1, concat_axis=2, tiled=True) if ulysses > 1 else out
 
     spec = PartitionSpec(None, SEQUENCE)
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def shrunk(model: LoadedModel, changes: dict[str, dict[str, Any]], dtype: Any) -> LoadedModel:
@@ -233,6 +285,41 @@ def shrunk(model: LoadedModel, changes: dict[str, dict[str, Any]], dtype: Any) -
     parts = {name: _shapes(model.family.architectures[name], configs[name], dtype, nowhere) for name in changes}
     graph, weights = parts["transformer"]
     return dataclasses.replace(model, configs=configs, denoiser_graph=graph, denoisers=[weights], vae=parts["vae"])
+
+
+KINDS = {
+    "messages": ("nccl",),
+    "attention": ("sdpa", "fmha", "flash"),
+    "matmuls": ("nvjet", "gemm", "cutlass"),
+    "memcpy, memset": ("memcpy", "memset"),
+}
+"""Kernels by words in their names; the others are what XLA fused."""
+
+
+def kernels(folder: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of every device's kernels in a trace, by kind; from the first to the end of the last; with none running."""
+    found = {}
+    for plane in jax.profiler.ProfileData.from_file(str(next(folder.rglob("*.xplane.pb")))).planes:
+        events = [event for line in plane.lines if line.name.startswith("Stream") for event in line.events]
+        if not plane.name.startswith("/device:GPU") or not events:
+            continue
+        row: dict[str, float] = dict.fromkeys((*KINDS, "other"), 0.0)
+        end = first = min(event.start_ns for event in events)
+        idle = 0.0
+        for event in sorted(events, key=lambda event: event.start_ns):
+            kind = next((kind for kind, words in KINDS.items() if any(w in event.name.lower() for w in words)), "other")
+            row[kind] += event.duration_ns / 1e6
+            idle += max(0.0, event.start_ns - end) / 1e6
+            end = max(end, event.start_ns + event.duration_ns)
+        found[plane.name.removeprefix("/device:")] = row | {"idle": idle, "span": (end - first) / 1e6}
+    return found
+
+
+def quiet() -> Any:
+    """A trace of kernels, without what Python does."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level, options.host_tracer_level = 0, 1
+    return options
 
 
 def peak_gb(mesh: Mesh) -> list[float] | None:
@@ -249,12 +336,13 @@ def main() -> None:
     parser.add_argument("--only", help="measure this mesh alone, and no decoder: for its peak memory")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", type=Path, help="write a trace of a step of every mesh into this folder")
     parser.add_argument("--commit", help="where the tree has no history")
     arguments = parser.parse_args()
     if arguments.tiny:
         jax.config.update("jax_num_cpu_devices", 4)
     devices = arguments.devices or jax.device_count()
-    bench = Bench(arguments.model, arguments.tiny, arguments.attention, arguments.repeats)
+    bench = Bench(arguments.model, arguments.tiny, arguments.attention, arguments.repeats, arguments.profile)
     name = "-".join(["parallel", arguments.model, *(["tiny"] if arguments.tiny else [])])
     if arguments.only:
         name += f"-{arguments.only.replace('=', '').replace(' ', '-')}"
@@ -277,12 +365,18 @@ def main() -> None:
         raise SystemExit(f"--only {arguments.only!r}: choose one of {', '.join(known)}")
     for case in [case for case in found if arguments.only in (None, case.name)]:
         plan = plan_mesh(bench.work, case.mesh)
-        row: dict[str, Any] = {"step": bench.step(case), "predicted_s": plan.step(), "predicted_gb": plan.peak / 1e9}
+        row: dict[str, Any] = {
+            "step": bench.step(case, trace=True),
+            "predicted_s": plan.step(),
+            "predicted_gb": plan.peak / 1e9,
+        }
         row |= {"predicted_parts_s": plan.seconds, "predicted_bytes": plan.traffic}
         results["meshes"][case.name] = row
         note(case.name, row)
         if not case.mesh.fsdp and not arguments.only:
-            row["without_attention"] = bench.step(case, WithoutAttention())
+            # The same on every mesh that splits tokens.
+            if case.mesh.ring == 1:
+                row["without_attention"] = bench.step(case, WithoutAttention())
             if case.mesh.cfg == 1 and case.mesh.num_devices > 1:
                 row["attention"] = bench.attention_parts(case)
             note(f"{case.name}, parts", {part: row[part] for part in ("without_attention", "attention") if part in row})
@@ -291,6 +385,9 @@ def main() -> None:
     single = results["meshes"]["one"]["step"]["median"]
     for row in results["meshes"].values():
         row["speed_up"] = single / row["step"]["median"]
+    if devices > 1:
+        results["links"] = bench.links(devices)
+        note("links", results["links"])
     results["decode"] = {str(count): bench.decode(count) for count in sorted({1, devices}, reverse=True)}
     results["decode"]["speed_up"] = results["decode"]["1"]["median"] / results["decode"][str(devices)]["median"]
     note("decode", results["decode"])

@@ -16,6 +16,7 @@ class Rates:
     memory: bytes/s of device memory.
     link: bytes/s within a host. network: bytes/s to another host, per device.
     latency: seconds that a collective takes besides its bytes.
+    shown: the share of the time of fsdp's messages that computing does not hide.
     devices_per_host: neighbours in the mesh share hosts of so many.
     reserved: bytes of a device that no plan can use: the driver's context, executables. buffers: besides, where there are
         several devices, of collectives.
@@ -28,6 +29,7 @@ class Rates:
     link: float
     network: float
     latency: float
+    shown: float
     devices_per_host: int
     reserved: int
     buffers: int
@@ -45,12 +47,15 @@ HOPPER = Rates(
     # Measured, H100: what attention (198 TFLOP) and matmuls (82) leave of Wan2.1-1.3B's 525 ms at 832x480x81, 30 blocks.
     elementwise=42e-12,
     memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
-    link=350e9,  # assumed: what collectives get of NVLink's 450, its data sheet's 900 both ways
+    # Measured, two H100, link and latency together: all-to-alls in steps of Wan2.1-1.3B (50 MB, 243 microseconds) and FLUX.1
+    # (14 MB, 105). Alone, from 8 to 64 MiB: 256 to 288. NVLink's data sheet says 450 each way.
+    link=270e9,
     network=50e9,  # data sheet: 400 Gb/s of InfiniBand per GPU
-    latency=20e-6,  # assumed
+    latency=50e-6,  # measured: see link; alone 55 to 78 microseconds, 39 to 66 for 1 MiB
+    shown=0.5,  # measured, two H100 with Ulysses: 7 ms of Wan2.1-1.3B's 14 at 832x480x81, 23 of FLUX.1's 47 at 1024x1024
     devices_per_host=8,
     reserved=6 * 10**8,  # assumed
     buffers=14 * 10**8,  # assumed
 )
-"""H100 and H200, whose arithmetic is alike. On two H200 these rates give Wan2.1-1.3B at 832x480x81 to 3 %: measured
-520 ms on one, 278 with Ulysses, 273 with a ring."""
+"""H100 and H200, whose arithmetic is alike. On two H100 these rates give steps of Wan2.1-1.3B and FLUX.1-dev to 4 %
+(docs/parallelism.md), with a kernel that serves the mesh at full speed."""
