@@ -7,7 +7,7 @@
 Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
 without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone, and with
 --profile the kernels of a step. The links alone, and the decoder on one device and on all. Peaks of memory are of the process
-so far; a call of its own (--only NAME) measures the peak of one mesh.
+so far; a call of its own (--only MESH) measures the peak of one mesh.
 Writes benchmarks/results/parallel-<model>-<device>.json after every measurement.
 """
 
@@ -30,8 +30,8 @@ from jax.sharding import Mesh, PartitionSpec  # noqa: E402
 
 from benchmarks.measure import stamp, time_call, write  # noqa: E402
 from smartdiff_jax.cache import POLICIES  # noqa: E402
-from smartdiff_jax.config.system import MeshConfig  # noqa: E402
-from smartdiff_jax.engine.loading import LoadedModel, _placement  # noqa: E402
+from smartdiff_jax.config.system import MeshConfig, SystemConfig  # noqa: E402
+from smartdiff_jax.engine.loading import LoadedModel, _lie_apart, _placement  # noqa: E402
 from smartdiff_jax.engine.planning import _conditioning, _shapes, outline, workload  # noqa: E402
 from smartdiff_jax.kernels import ATTENTION  # noqa: E402
 from smartdiff_jax.kernels.base import QKV  # noqa: E402
@@ -46,6 +46,7 @@ from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E
 from smartdiff_jax.stages.decode import Decode  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for  # noqa: E402
+from smartdiff_jax.weights.apart import apart  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
 from smartdiff_jax.weights.residency import Resident  # noqa: E402
 
@@ -67,6 +68,8 @@ CHAIN = 8
 
 class WithoutAttention:
     """`Attend` that hands queries back: what is left of a step."""
+
+    whole = False
 
     def for_length(self, num_tokens):
         return self
@@ -133,6 +136,8 @@ class Bench:
         architecture = model.family.architectures["transformer"]
         place = _placement("transformer", mesh, case.mesh)
         weights = random_state(architecture, model.configs["transformer"], self.dtype, 0, place)
+        if _lie_apart(model.family, SystemConfig.create(mesh=case.mesh)):
+            weights = apart(weights)
         guidance = GUIDANCE["batched" if case.mesh.cfg > 1 else "sequential"](layout.as_branches)
         combine = combine_for(model.spec.sampling)
         loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, self.dtype, layout)
@@ -333,7 +338,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="wan")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--devices", type=int, help="use the first so many; all")
-    parser.add_argument("--only", help="measure this mesh alone, and no decoder: for its peak memory")
+    parser.add_argument("--only", nargs="+", metavar="MESH", help="steps on these alone; on one, for its peak memory")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--profile", type=Path, help="write a trace of a step of every mesh into this folder")
@@ -345,7 +350,7 @@ def main() -> None:
     bench = Bench(arguments.model, arguments.tiny, arguments.attention, arguments.repeats, arguments.profile)
     name = "-".join(["parallel", arguments.model, *(["tiny"] if arguments.tiny else [])])
     if arguments.only:
-        name += f"-{arguments.only.replace('=', '').replace(' ', '-')}"
+        name += "".join(f"-{only.replace('=', '').replace(' ', '-')}" for only in arguments.only)
     results: dict[str, Any] = {
         "stamp": stamp(arguments.commit),
         "model": bench.work.model,
@@ -361,9 +366,10 @@ def main() -> None:
 
     found = cases(devices, bench.work.num_heads, bench.guided) if devices > 1 else [Case("one", MeshConfig())]
     known = [case.name for case in found]
-    if arguments.only and arguments.only not in known:
-        raise SystemExit(f"--only {arguments.only!r}: choose one of {', '.join(known)}")
-    for case in [case for case in found if arguments.only in (None, case.name)]:
+    for only in arguments.only or ():
+        if only not in known:
+            raise SystemExit(f"--only {only!r}: choose of {', '.join(known)}")
+    for case in [case for case in found if case.name in (arguments.only or known)]:
         plan = plan_mesh(bench.work, case.mesh)
         row: dict[str, Any] = {
             "step": bench.step(case, trace=True),
@@ -380,11 +386,13 @@ def main() -> None:
             if case.mesh.cfg == 1 and case.mesh.num_devices > 1:
                 row["attention"] = bench.attention_parts(case)
             note(f"{case.name}, parts", {part: row[part] for part in ("without_attention", "attention") if part in row})
+    if "one" in results["meshes"]:
+        single = results["meshes"]["one"]["step"]["median"]
+        for row in results["meshes"].values():
+            row["speed_up"] = single / row["step"]["median"]
+        note("speed-up", {name: row["speed_up"] for name, row in results["meshes"].items()})
     if arguments.only:
         return
-    single = results["meshes"]["one"]["step"]["median"]
-    for row in results["meshes"].values():
-        row["speed_up"] = single / row["step"]["median"]
     if devices > 1:
         results["links"] = bench.links(devices)
         note("links", results["links"])
