@@ -6,7 +6,8 @@
 
 FLUX.1-dev, FLUX.2-klein-4B and Z-Image at 1024x1024, Qwen-Image at 1328x1328, batch 1, no text encoder. Every model is measured
 in a process of its own, the peer's first, so that each has the device's memory to itself. Writes
-benchmarks/results/images-<device>.json after every model; models measured before on the same device and commit are kept.
+benchmarks/results/images-<device>.json after every model; models measured before on the same device are kept, each with its
+stamp.
 """
 
 import argparse
@@ -224,20 +225,14 @@ def main() -> None:
         shared = ["--repeats", str(arguments.repeats), "--attention", arguments.attention]
         shared += ["--tiny"] * arguments.tiny + (["--commit", arguments.commit] if arguments.commit else [])
         row["ours"] = child([__file__, "--model", model, *shared])
-        results["stamp"] = row["ours"].pop("stamp", None) or results["stamp"]
+        row["stamp"] = row["ours"].pop("stamp", None)
+        results["stamp"] = row["stamp"] or results["stamp"]
         results["models"][model] = row
         print(model, *_lines(row), sep="\n    ", flush=True)
         if results["stamp"] is not None:
-            print(write(name, results | {"models": _kept(name, results) | results["models"]}), flush=True)
-
-
-def _kept(name: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Models of an earlier call of the same commit on the same device."""
-    file = result_file(name, results["stamp"])
-    if not file.is_file():
-        return {}
-    earlier = json.loads(file.read_text())
-    return earlier["models"] if earlier["stamp"]["commit"] == results["stamp"]["commit"] else {}
+            file = result_file(name, results["stamp"])
+            earlier = json.loads(file.read_text())["models"] if file.is_file() else {}
+            print(write(name, results | {"models": earlier | results["models"]}), flush=True)
 
 
 def _lines(row: dict[str, Any]) -> list[str]:
