@@ -1,7 +1,11 @@
 """Every test runs on 8 virtual CPU devices, in exact float32."""
 
+import atexit
+import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # Before JAX starts. What is tested is which operations XLA is given, not how fast LLVM makes them: optimising machine code
@@ -9,6 +13,15 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 )
+
+# Where Python is told to write no bytecode, each process that tests start would parse all of JAX again, 4 s long: it is written
+# to a folder of this session, which the workers and those processes share.
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+    bytecode = tempfile.mkdtemp(prefix="bytecode-")
+    atexit.register(shutil.rmtree, bytecode, ignore_errors=True)
+    sys.pycache_prefix, sys.dont_write_bytecode = bytecode, False
+    os.environ["PYTHONPYCACHEPREFIX"] = bytecode
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -22,3 +35,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_collection_finish():
+    """What was imported stays to the end: the collector need not look through it after every few hundred allocations."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)

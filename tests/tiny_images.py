@@ -4,7 +4,6 @@ golden/make_image_pipelines.py loads the very same folders with diffusers' pipel
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -162,28 +161,6 @@ def config_of(family: str, component: str) -> dict:
         tokens = json.loads((TOKENIZERS / kind / "tokenizer.json").read_text())["model"]["vocab"]
         size |= {"bos_token_id": tokens["<|startoftext|>"], "eos_token_id": tokens["<|endoftext|>"]}
     return config | {"text_config": config["text_config"] | size} if "text_config" in config else config | size
-
-
-# The same widths in four heads instead of two, for meshes that split heads further.
-FOUR_HEADS = {
-    "flux1": dict(num_attention_heads=4, attention_head_dim=6, axes_dims_rope=[2, 2, 2]),
-    "flux2-klein": dict(num_attention_heads=4, attention_head_dim=8, axes_dims_rope=[2, 2, 2, 2]),
-    "qwen-image": dict(num_attention_heads=4, attention_head_dim=6, axes_dims_rope=[2, 2, 2]),
-    "z-image": dict(n_heads=4, n_kv_heads=4, axes_dims=[2, 2, 2]),
-}
-
-
-def write_with_four_heads(path: Path, family: str) -> Path:
-    """The folder of `write_folder`, its transformer with four heads."""
-    keys = json.loads(KEYS.read_text())
-    shapes = keys[f"{family}/transformer"]
-    for key, shape in shapes.items():
-        if re.search(r"norm(_added)?_[qk]\.weight$", key):
-            shapes[key] = [shape[0] // 2]
-    write_folder(path, family, keys)
-    file = path / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | FOUR_HEADS[family]))
-    return path
 
 
 def write_folder(path: Path, family: str, keys: dict | None = None) -> Path:

@@ -120,9 +120,15 @@ class Optimizer:
         )
 
     def init(self, params: Params) -> TrainState:
-        """A state at step 0. The average is a copy of its own: the state is donated to the compiled step."""
-        average = jax.tree.map(jnp.array, params)
-        return TrainState(params, average, self._transform().init(params), jnp.int32(0))
+        """A state at step 0, on this device, as that of a checkpoint is: a step compiled for a state that is on no device in
+        particular would be compiled again for the one it returns. The average is a copy of its own, since the compiled step
+        takes the state over.
+        """
+
+        def start(params: Params) -> TrainState:
+            return TrainState(params, jax.tree.map(jnp.copy, params), self._transform().init(params), jnp.int32(0))
+
+        return jax.jit(start, out_shardings=_this_device())(params)
 
     def apply(
         self, state: TrainState, gradients: Params, learning_rate: Float[Array, ""]

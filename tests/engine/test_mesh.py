@@ -1,11 +1,8 @@
 """Every family on meshes of 8 virtual devices: the picture of one device, whatever is split."""
 
-import json
-
 import numpy as np
 import pytest
-import tiny
-import tiny_images
+import tiny_meshes
 
 from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.engine.pipeline import Pipeline
@@ -24,19 +21,9 @@ MESHES = {
 }
 # 35 tokens a picture and 39 a clip: they divide by nothing in the meshes but 3 and 13.
 REQUESTS = {
-    family: dict(size=(112, 80), num_inference_steps=2, seed=1)
-    | (dict(size=(48, 208), num_frames=1) if family == "wan" else {})
+    family: dict(size=(28, 20), num_inference_steps=2, seed=1) | (dict(size=(12, 52), num_frames=1) if family == "wan" else {})
     for family in FAMILIES
 }
-
-
-def write(family, path):
-    if family != "wan":
-        return tiny_images.write_with_four_heads(path, family)
-    folder = tiny.write_folder(path)
-    file = folder / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(num_attention_heads=4, attention_head_dim=6)))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +33,7 @@ def on_one_device(tmp_path_factory, system):
 
     def get(family):
         if family not in made:
-            folder = write(family, tmp_path_factory.mktemp("mesh") / family)
+            folder = tiny_meshes.write(tmp_path_factory.mktemp("mesh") / family, family)
             pipe = Pipeline.from_pretrained(folder, system=system)
             made[family] = folder, pipe("a red fox", output_type="np", **REQUESTS[family])
         return made[family]

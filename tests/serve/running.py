@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 import signal
 import subprocess
@@ -44,7 +43,7 @@ def start(model, config, folder, *arguments, ready=True):
     log = folder / f"log-{time.monotonic_ns()}.txt"
     command = [*COMMAND, "serve", "--model", str(model), "--port", "0", "--config", str(config), *arguments]
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=folder, stderr=out, stdout=out, env=os.environ | {"XLA_FLAGS": ""})
+        process = subprocess.Popen(command, cwd=folder, stderr=out, stdout=out)
     server = Server(process, "", folder, log)
     until = time.monotonic() + 300
     while time.monotonic() < until:
