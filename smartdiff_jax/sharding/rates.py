@@ -42,10 +42,11 @@ class Rates:
 
 
 HOPPER = Rates(
-    attention=580e12,  # measured, H100: cuDNN from JAX, 576 to 591 from 4,608 tokens to 32,760
-    matmul=682e12,  # measured, H100: XLA
-    # Measured, H100: what attention (198 TFLOP) and matmuls (82) leave of Wan2.1-1.3B's 525 ms at 832x480x81, 30 blocks.
-    elementwise=42e-12,
+    # Measured, H100, in steps of Wan2.1-1.3B at 832x480x81 and FLUX.1-dev at 1024x1024: cuDNN from JAX 558 and 610, cuBLAS 754
+    # and 710 to 780; what they leave is 36e-12 and 25e-12.
+    attention=570e12,
+    matmul=750e12,
+    elementwise=34e-12,
     memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
     # Measured, two H100, link and latency together: all-to-alls in steps of Wan2.1-1.3B (50 MB, 243 microseconds) and FLUX.1
     # (14 MB, 105). Alone, from 8 to 64 MiB: 256 to 288. NVLink's data sheet says 450 each way.

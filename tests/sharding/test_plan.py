@@ -230,19 +230,25 @@ def test_bytes_are_those_that_weights_take(axes):
 def test_times_are_near_the_measured_ones():
     """Seconds of a step on one H100 and two (benchmarks/results/parallel-*-nvidia-h100-80gb-hbm3.json)."""
     wan, flux = work_of("wan2.1-t2v-1.3b"), work_of("flux1-dev")
-    one, ulysses, split_weights = MeshConfig(), MeshConfig(ulysses=2), MeshConfig(ulysses=2, fsdp=True)
+    one, ulysses, ring, split_weights = (
+        MeshConfig(),
+        MeshConfig(ulysses=2),
+        MeshConfig(ring=2),
+        MeshConfig(ulysses=2, fsdp=True),
+    )
     for work, mesh, seconds in (
         (wan, one, 1.034),
         (wan, MeshConfig(cfg=2), 0.522),
         (wan, ulysses, 0.570),
         (wan, split_weights, 0.577),
-        (flux, one, 0.1547),
-        (flux, ulysses, 0.1035),
-        (flux, split_weights, 0.1263),
+        (wan, ring, 0.567),
+        (flux, one, 0.1348),
+        (flux, ulysses, 0.0877),
+        (flux, ring, 0.0849),
     ):
-        assert plan_mesh(work, mesh).step() == pytest.approx(seconds, rel=0.04), (work.model, mesh)
-    # An evaluation on two H200, a ring of cuDNN's attention with a log-sum-exp: a prototype's.
-    assert plan_mesh(wan, MeshConfig(ring=2)).step() / 2 == pytest.approx(0.273, rel=0.04)
+        # FLUX.1's packing for messages, 7 ms by the plan, goes along with the kernels that join text and picture.
+        rel = 0.07 if work is flux and mesh.num_devices > 1 else 0.04
+        assert plan_mesh(work, mesh).step() == pytest.approx(seconds, rel=rel), (work.model, mesh)
     single = plan_mesh(wan, one)
     # A branch on each of two devices halves a step but for one exchange.
     assert single.step() / plan_mesh(wan, MeshConfig(cfg=2)).step() == pytest.approx(2.0, rel=0.001)
