@@ -123,10 +123,10 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         _check_numbers(spec, name, component.config)
         configs[name] = read_config(architecture, component)
         place = at_rest(_placement(name, mesh, system.mesh), system.residency)
-        graphdef, weights = _load_component(architecture, configs[name], component, dtype, place, store)
+        graphdef, state = _load_component(architecture, configs[name], component, dtype, place, store)
         if name.startswith("transformer") and _lie_apart(family, system):
-            weights = apart(weights)
-        components[name] = graphdef, weights
+            state = apart(state)
+        components[name] = graphdef, state
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(
             f"{folder.path} holds {'two experts' if 'transformer_2' in components else 'one expert'}, but its "

@@ -1,5 +1,7 @@
 """cuDNN's fused attention as JAX wraps it: bf16 and f16 on NVIDIA GPUs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,7 +42,8 @@ def _with_lse(
     below it hands it back in float32."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if kv_length is not None:
         lengths = dict(q_seqlen=jnp.full(q.shape[0], q.shape[1], jnp.int32), kv_seqlen=kv_length, mask_type=MaskType.PADDING)
-    return dot_product_attention(q, k, v, scale=scale, return_residual=True, **lengths)
+    found: Any = dot_product_attention(q, k, v, scale=scale, return_residual=True, **lengths)
+    return found

@@ -377,7 +377,7 @@ class ZImageTransformer(nnx.Module):
         as long as they take for many, and side by side with the picture's nearly nothing."""
         size = hidden[0].shape[1]
         batch = max(table.shape[0] for table in (context.rope[0], context.text_rope[0]))
-        rope = tuple(
+        cos, sin = (
             jnp.concatenate([jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in tables], axis=1)
             for tables in zip(context.rope, context.text_rope, strict=True)
         )
@@ -387,7 +387,7 @@ class ZImageTransformer(nnx.Module):
             def attention(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
                 return (joined_attention(attend, lambda: qkv()[0], counts),)
 
-            return block((hidden,), (rope,), context.time, attention)[0]
+            return block((hidden,), ((cos, sin),), context.time, attention)[0]
 
         joined = scan_attending(self.blocks, lo, hi, one_stream, jnp.concatenate(hidden, axis=1), attend)
         return joined[:, :size], joined[:, size:]

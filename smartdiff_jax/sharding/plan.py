@@ -145,7 +145,8 @@ def gathered_bytes(work: Workload, mesh: MeshConfig) -> int:
 
 def decoder_bytes(work: Workload, mesh: MeshConfig) -> int:
     """The decoder's activations, divided as the picture is (layout.split_picture)."""
-    return work.decoder // math.prod(split_picture(*work.latent_shape[3:], mesh.num_devices))
+    height, width = work.latent_shape[3:]
+    return work.decoder // math.prod(split_picture(height, width, mesh.num_devices))
 
 
 def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[str, float]:
