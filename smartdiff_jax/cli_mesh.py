@@ -75,6 +75,7 @@ def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, me
 
     mesh = plan.mesh
     text = max((calls.text for calls in work.attention), default=0)
+    height, width = work.latent_shape[3:]
     rows = [
         ("model", f"{work.model}, {dtype}, {work.branches} evaluation{'s' * (work.branches > 1)} a step"),
         ("mesh", f"{name_of(mesh)}: {mesh.num_devices} device{'s' * (mesh.num_devices > 1)}"),
@@ -83,7 +84,7 @@ def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, me
             f"{plan.tokens:,} and {text} of text; {plan.tokens_per_device:,} a device, {plan.padding} of all are padding",
         ),
         ("heads", f"{plan.heads_per_device} of {work.num_heads} a device, in attention"),
-        ("decoder", describe_pieces(*work.latent_shape[3:], mesh.num_devices)),
+        ("decoder", describe_pieces(height, width, mesh.num_devices)),
         ("memory of a device", f"{plan.peak / GB:.2f} GB at most; {_fits(plan, memory)}"),
     ]
     alternative = "or " if plan.residency == "stage" else ""
