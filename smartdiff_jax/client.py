@@ -121,8 +121,11 @@ class Client:
                 job = newest
                 if on_progress is not None:
                     on_progress(job)
-        except BaseException:
-            self.cancel(job.id)
+        except BaseException as error:
+            try:
+                self.cancel(job.id)
+            except Exception as another:
+                error.add_note(_not_cancelled(job.id, another))
             raise
         return _ended_well(job)
 
@@ -192,8 +195,11 @@ class AsyncClient:
                 job = newest
                 if on_progress is not None:
                     on_progress(job)
-        except BaseException:
-            await self.cancel(job.id)
+        except BaseException as error:
+            try:
+                await self.cancel(job.id)
+            except Exception as another:
+                error.add_note(_not_cancelled(job.id, another))
             raise
         return _ended_well(job)
 
@@ -245,6 +251,10 @@ def _check(response: httpx2.Response) -> httpx2.Response:
         error = {"message": f"HTTP {response.status_code}: {response.text[:200]}"}
     code, param = error.get("code"), error.get("param")
     raise ServiceError(response.status_code, error["message"], code, param, None if retry_after is None else float(retry_after))
+
+
+def _not_cancelled(job_id: str, why: Exception) -> str:
+    return f"job {job_id} goes on, for it could not be cancelled: {why}"
 
 
 def _ended_well(job: JobStatus) -> JobStatus:

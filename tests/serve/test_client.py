@@ -41,6 +41,23 @@ def test_an_exception_out_of_progress_cancels(client):
     assert last.state == "cancelled"
 
 
+def test_what_stopped_it_is_raised_even_where_cancelling_fails(client, monkeypatch):
+    def gone(job_id):
+        ids.append(job_id)
+        raise ServiceError(503, "no more requests", "unavailable", None, None)
+
+    def stop(job):
+        raise KeyboardInterrupt
+
+    ids = []
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "cancel", gone)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            client.generate("a", on_progress=stop, **ENDLESS)
+    client.cancel(ids[0])
+    assert any(ids[0] in note and "no more requests" in note for note in raised.value.__notes__)
+
+
 def test_cancelled_by_another_is_said(client):
     with pytest.raises(Cancelled):
         client.generate("a", on_progress=lambda job: client.cancel(job.id), **ENDLESS)
