@@ -70,8 +70,14 @@ def serve(
             from smartdiff_jax.engine.engine import Engine
             from smartdiff_jax.engine.pipeline import Pipeline
 
-            pipes = [Pipeline.from_pretrained(name, system=system) for name in model or ["pocket-video"]]
-            engine = Engine({pipe.spec.name: pipe for pipe in pipes}, job_store, files, service, api_keys.values())
+            def loader(name: str) -> Any:
+                return lambda: Pipeline.from_pretrained(name, system=system)
+
+            pipelines, loaders = {}, {}
+            for name in model or ["pocket-video"]:
+                pipe = loader(name)()
+                pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, loader(name)
+            engine = Engine(pipelines, job_store, files, service, api_keys.values(), loaders=loaders)
             log.info("%s ready after %.1f s", ", ".join(engine.pipelines), time.perf_counter() - began)
             return engine
         except Exception as error:

@@ -33,5 +33,9 @@ class HostLost(SmartdiffError):
     """A host that takes part is gone or has failed; nothing was written, and the mesh is of no use any more."""
 
 
+class Conflict(SmartdiffError):
+    """Something is under way that this would get in the way of."""
+
+
 class Cancelled(SmartdiffError):
     """The run was stopped between two chunks; nothing was written."""

@@ -28,6 +28,7 @@ from smartdiff_jax.engine.pipeline import Pause, Pipeline
 from smartdiff_jax.engine.run import CHECKPOINT, Lap, Run, work_of
 from smartdiff_jax.engine.scheduler import Entry, Forecast, Scheduler
 from smartdiff_jax.engine.store import JobStore
+from smartdiff_jax.engine.upgrade import Upgrades
 from smartdiff_jax.stages.base import Progress
 
 MAX_BEGUN = 8
@@ -54,11 +55,15 @@ class Engine:
         config: ServiceConfig,
         keys: Iterable[ApiKey] = (),
         metrics: Metrics | None = None,
+        loaders: Mapping[str, Callable[[], Pipeline]] | None = None,
     ):
+        """loaders: what makes a model's pipeline anew, for upgrades."""
         self.pipelines, self.store, self.artifacts, self.config = dict(pipelines), store, artifacts, config
         self.metrics = metrics or Metrics()
         self.costs = Costs(store.load_rates())
         self.name = f"engine_{secrets.token_hex(6)}"
+        self.newest: dict[str, GenerateParams] = {}
+        self.upgrades = Upgrades(self, loaders or {})
         self.listeners: list[Callable[[str], None]] = []
         self._keys = {key.name: key for key in keys}
         self._scheduler = Scheduler()
@@ -86,6 +91,7 @@ class Engine:
 
     def stop(self) -> None:
         """Stop between two chunks; what is begun is saved and given back to the queue."""
+        self.upgrades.stop()
         self._stopping.set()
         self._news.set()
         with self._turn:
@@ -107,6 +113,17 @@ class Engine:
 
     def work_of(self, model: str, params: GenerateParams) -> Work:
         return work_of(self.pipelines[model], params)
+
+    def replace(self, model: str, pipe: Pipeline) -> Pipeline:
+        """From now on jobs of `model` begin with `pipe`. Returns the one that served before."""
+        with self._turn:
+            old, self.pipelines[model] = self.pipelines[model], pipe
+        return old
+
+    def uses(self, pipe: Pipeline) -> bool:
+        """Whether a job that was begun with it goes on."""
+        with self._turn:
+            return any(run.pipe is pipe for run in self._runs.values())
 
     def offer(self, job: Job) -> None:
         """A new job is in the store."""
@@ -182,9 +199,11 @@ class Engine:
                 self._scheduler.remove(wanted.id)
             self._tell(wanted.id)
             return
-        pipe = self.pipelines[job.model]
-        run = Run(job, pipe, work_of(pipe, GenerateParams.create(**job.params)))
+        params = GenerateParams.create(**job.params)
         with self._turn:
+            pipe = self.pipelines[job.model]
+            run = Run(job, pipe, work_of(pipe, params))
+            self.newest[job.model] = params
             self._waiting.pop(job.id, None)
             self._runs[job.id] = run
             self._scheduler.put(self._entry(job))
@@ -210,23 +229,22 @@ class Engine:
     def _device(self) -> None:
         while (run := self._choose()) is not None:
             self._prefetch()
-            began = time.perf_counter()
-            try:
-                lap = run.advance()
-            except Exception as error:
-                self._fail(run, error)
-                continue
-            try:
-                self._after(run, lap, time.perf_counter() - began)
-            except Exception as error:
-                self._fail(run, error)
+            self._advance(run)
+            del run  # the last that holds weights which were replaced, maybe, and the next may be long in coming
+
+    def _advance(self, run: Run) -> None:
+        began = time.perf_counter()
+        try:
+            lap = run.advance()
+            self._after(run, lap, time.perf_counter() - began)
+        except Exception as error:
+            self._fail(run, error)
 
     def _choose(self) -> Run | None:
         """The run to go on with; waits for one. None when the engine stops."""
         with self._turn:
             while not self._stopping.is_set():
-                for run in [run for run in self._runs.values() if run.ready and (run.cancelled or run.lost)]:
-                    self._drop(run)
+                self._drop_ended()
                 ready = [run.job.id for run in self._runs.values() if run.ready and run.job.id in self._scheduler]
                 if ready and self._media < MAX_MEDIA:
                     return self._runs[self._scheduler.pick(ready) or ""]
@@ -326,15 +344,16 @@ class Engine:
             self._scheduler.remove(run.job.id)
         self._writers.submit(self._end, run, "failed", error=told)  # the store may be slow, the device must not wait
 
-    def _drop(self, run: Run) -> None:
-        """A run that is cancelled, or another's by now."""
-        run.ready = False
-        run.close()
-        self._scheduler.remove(run.job.id)
-        if run.lost:
-            self._runs.pop(run.job.id, None)
-        else:
-            self._writers.submit(self._end, run, "cancelled")
+    def _drop_ended(self) -> None:
+        """Runs that are cancelled, or another's by now."""
+        for run in [run for run in self._runs.values() if run.ready and (run.cancelled or run.lost)]:
+            run.ready = False
+            run.close()
+            self._scheduler.remove(run.job.id)
+            if run.lost:
+                self._runs.pop(run.job.id, None)
+            else:
+                self._writers.submit(self._end, run, "cancelled")
 
     def _end(self, run: Run, state, counted: bool = False, **values) -> None:
         job = run.job

@@ -13,6 +13,7 @@ import secrets
 from typing import Any, Literal, get_args
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+UpgradeState = Literal["idle", "loading", "warming", "draining", "done", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 TRANSITIONS: dict[State, tuple[State, ...]] = {

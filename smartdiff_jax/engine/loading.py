@@ -48,6 +48,7 @@ class LoadedModel:
 
     tokenizers, text_encoders: by component, as the family's text sources name them; a tokenizer comes with its padding id.
     cache_numbers: what is known of the model for feature caches, by policy. calibration_file: where more would go.
+    weights_id: tells these weights from others of the same model.
     """
 
     spec: ModelSpec
@@ -63,6 +64,7 @@ class LoadedModel:
     configs: dict[str, Any]
     cache_numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
     calibration_file: Path = Path(CALIBRATION)
+    weights_id: str = ""
 
     @cached_property
     def patches(self) -> Patches:
@@ -160,6 +162,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         configs=configs,
         cache_numbers=published_numbers(spec.name) | read_calibration(files),
         calibration_file=files[0],
+        weights_id="-".join(folder.require(name).fingerprint for name in sorted(components)),
     )
 
 

@@ -231,6 +231,11 @@ class Pipeline:
         """Frames are 1 more than a multiple of it; 0 for a picture model."""
         return self._model.temporal_stride
 
+    @property
+    def weights_id(self) -> str:
+        """Tells the weights from others of the same model, wherever they lie."""
+        return self._model.weights_id
+
     def describe(self) -> str:
         """The devices and the dtype it computes in."""
         return f"{describe(self._model.mesh)} {self._model.dtype.name}"

@@ -102,7 +102,8 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """All that decides the bits of the picture besides the request."""
-        return f"{place_of(self.pipe)}, jax {jax.__version__}, smartdiff_jax {importlib.metadata.version('smartdiff_jax')}"
+        place = f"{place_of(self.pipe)}, weights {self.pipe.weights_id}"
+        return f"{place}, jax {jax.__version__}, smartdiff_jax {importlib.metadata.version('smartdiff_jax')}"
 
 
 def place_of(pipe: Pipeline) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Response
 
 from smartdiff_jax.config.service import ApiKey, ServiceConfig
-from smartdiff_jax.serve import images, jobs, videos
+from smartdiff_jax.serve import admin, images, jobs, videos
 from smartdiff_jax.serve.errors import ErrorEnvelope, ServiceError, install, not_found
 from smartdiff_jax.serve.jobs import Caller, ServiceOf
 from smartdiff_jax.serve.middleware import BodyLimit, RequestId
@@ -41,7 +41,7 @@ def create_app(config: ServiceConfig, load: Callable[[dict[str, ApiKey]], Any]) 
     app = FastAPI(title="smartdiff_jax", version="1", lifespan=lifespan, responses=ERRORS, docs_url=None, redoc_url=None)
     app.state.service = service
     install(app)
-    for router in (root, jobs.router, images.router, videos.router):
+    for router in (admin.router, root, jobs.router, images.router, videos.router):
         app.include_router(router)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)

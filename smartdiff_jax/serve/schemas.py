@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from smartdiff_jax.config.request import GenerateParams
-from smartdiff_jax.engine.job import Priority, State
+from smartdiff_jax.engine.job import Priority, State, UpgradeState
 
 
 class JobRequest(GenerateParams):
@@ -22,6 +22,18 @@ class JobRequest(GenerateParams):
 
     def params(self) -> GenerateParams:
         return GenerateParams.create(**{name: getattr(self, name) for name in GenerateParams.model_fields})
+
+
+class UpgradeView(BaseModel):
+    """The newest upgrade of a model. weights: tells those that serve now from others. error: why it failed; then the old
+    weights serve on. Times are seconds since the epoch."""
+
+    model: str
+    weights: str
+    state: UpgradeState
+    error: str | None
+    began_at: float | None
+    ended_at: float | None
 
 
 class JobChange(BaseModel):

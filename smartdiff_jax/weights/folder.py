@@ -14,7 +14,7 @@ from typing import Any
 
 from smartdiff_jax.errors import CheckpointError
 from smartdiff_jax.weights import quantized
-from smartdiff_jax.weights.tensor_file import Tensor, read_header
+from smartdiff_jax.weights.tensor_file import Tensor, read_header, sample_digest
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json")
@@ -35,6 +35,11 @@ class Component:
     path: Path
     config: dict[str, Any]
     files: tuple[Path, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the files' headers and of bytes all over them: other weights have another, a copy has the same."""
+        return sample_digest(self.files)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the component by its checkpoint key; headers are read here, numbers when asked for.

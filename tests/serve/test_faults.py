@@ -80,6 +80,11 @@ def test_a_full_queue_says_when_to_come_again_and_a_key_what_it_may(model, confi
             assert raised.value.status == 404 and other.jobs() == []
             with pytest.raises(ServiceError, match="megapixel-steps"):
                 other.submit("a", **CLIP)
+            for method in ("GET", "POST"):
+                refused = httpx2.request(
+                    method, f"{server.url}/admin/models/tiny-wan", headers={"Authorization": f"Bearer {ann}"}
+                )
+                assert refused.status_code == 403 and refused.json()["error"]["code"] == "admin_only"
             assert other.generate("a", **SMALL).state == "succeeded"  # the other's turn comes within a chunk
             for job in (long, *waiting):
                 client.cancel(job.id)

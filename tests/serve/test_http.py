@@ -184,6 +184,20 @@ def test_status_calls_stay_prompt_under_load(http):
     assert sorted(times)[35] < 0.5, times
 
 
+def test_a_model_is_upgraded_while_it_serves(http, client):
+    client.generate("a dog", **SMALL)
+    before = http.get("/admin/models/tiny-wan").json()
+    begun = http.post("/admin/models/tiny-wan")
+    assert begun.status_code == 202 and begun.json()["model"] == "tiny-wan"
+    while (now := http.get("/admin/models/tiny-wan").json())["state"] not in ("done", "failed"):
+        assert now["weights"] and now["ended_at"] is None
+        assert client.generate("a dog", **SMALL).state == "succeeded"
+    assert now["state"] == "done" and now["weights"] == before["weights"] and now["began_at"] <= now["ended_at"], now
+    assert client.generate("a dog", **SMALL).state == "succeeded"
+    for ask in (http.get, http.post):
+        error_of(ask("/admin/models/another"), 404)
+
+
 def test_health_models_and_metrics(http, client):
     client.generate("a dog", **SMALL)  # steps are counted once there are any
     assert http.get("/healthz").json() == {"status": "alive"} and http.get("/readyz").json() == {"status": "ready"}

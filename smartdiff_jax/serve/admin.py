@@ -1,0 +1,50 @@
+"""/admin: what only keys with `admin: true` may ask, or everyone where there are no keys."""
+
+import dataclasses
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from smartdiff_jax.config.service import ApiKey
+from smartdiff_jax.errors import Conflict
+from smartdiff_jax.serve.errors import ServiceError, not_found
+from smartdiff_jax.serve.jobs import Caller, ServiceOf
+from smartdiff_jax.serve.schemas import UpgradeView
+from smartdiff_jax.serve.service import Service
+
+router = APIRouter(prefix="/admin", tags=["admin"])
+
+
+async def the_admin(caller: Caller) -> ApiKey:
+    if not caller.admin:
+        raise ServiceError(403, "this key is no admin's; use one with `admin: true` in the keys file", code="admin_only")
+    return caller
+
+
+Admin = Annotated[ApiKey, Depends(the_admin)]
+
+
+def _view(service: Service, model: str, upgrade: Any) -> UpgradeView:
+    return UpgradeView(weights=service.engine.pipelines[model].weights_id, **dataclasses.asdict(upgrade))
+
+
+def _known(service: Service, model: str) -> None:
+    if model not in service.engine.pipelines:
+        not_found("model", model)
+
+
+@router.post("/models/{model:path}", status_code=202, response_model=UpgradeView)
+async def upgrade_model(model: str, service: ServiceOf, admin: Admin):
+    """Load the model anew from where it was loaded at the start, try it, and let it take over; 409 while one is under way."""
+    _known(service, model)
+    try:
+        return _view(service, model, service.engine.upgrades.begin(model))
+    except Conflict as error:
+        raise ServiceError(409, str(error), code="upgrade_under_way", retry_after=5.0) from None
+
+
+@router.get("/models/{model:path}", response_model=UpgradeView)
+async def get_upgrade(model: str, service: ServiceOf, admin: Admin):
+    """How the newest upgrade of the model goes."""
+    _known(service, model)
+    return _view(service, model, service.engine.upgrades.of(model))
