@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import load_golden, relative_error
-from loops import FAST_COMPILE, Tiny
+from loops import Tiny
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.config.system import MeshConfig
@@ -97,7 +97,7 @@ def test_a_model_of_two_kinds_of_blocks_runs_the_same_from_what_its_modules_gave
         held = HeldModules(attend, lambda name, held, compute: held, computed.after)
         return out, everything(attend=held), computed.after, held.after
 
-    out, again, after, after_again = jax.jit(twice, **FAST_COMPILE)()
+    out, again, after, after_again = jax.jit(twice)()
     for stream, held in zip(*map(jax.tree.leaves, (out, again)), strict=True):
         assert np.isfinite(stream).all() and relative_error(held, stream) < 1e-6
     jax.tree.map(np.testing.assert_array_equal, after, after_again)
