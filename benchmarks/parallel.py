@@ -362,7 +362,7 @@ def main() -> None:
 
     def note(what: str, row: dict[str, Any]) -> None:
         print(what, json.dumps(row), flush=True)
-        results["written"] = str(write(name, results))
+        write(name, results)
 
     found = cases(devices, bench.work.num_heads, bench.guided) if devices > 1 else [Case("one", MeshConfig())]
     known = [case.name for case in found]
