@@ -1,6 +1,7 @@
 """`smartdiff serve`, and the commands that talk to it: submit, jobs, cancel; and `key`."""
 
 import contextlib
+import functools
 import logging
 import socket
 import sys
@@ -70,13 +71,11 @@ def serve(
             from smartdiff_jax.engine.engine import Engine
             from smartdiff_jax.engine.pipeline import Pipeline
 
-            def loader(name: str) -> Any:
-                return lambda: Pipeline.from_pretrained(name, system=system)
-
             pipelines, loaders = {}, {}
             for name in model or ["pocket-video"]:
-                pipe = loader(name)()
-                pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, loader(name)
+                anew = functools.partial(Pipeline.from_pretrained, name, system=system)
+                pipe = anew()
+                pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew
             engine = Engine(pipelines, job_store, files, service, api_keys.values(), loaders=loaders)
             log.info("%s ready after %.1f s", ", ".join(engine.pipelines), time.perf_counter() - began)
             return engine

@@ -91,7 +91,7 @@ class Engine:
 
     def stop(self) -> None:
         """Stop between two chunks; what is begun is saved and given back to the queue."""
-        self.upgrades.stop()
+        self.upgrades.leave()
         self._stopping.set()
         self._news.set()
         with self._turn:
@@ -106,6 +106,7 @@ class Engine:
                 self._save(run)
             deliver.persist(lambda run=run: self.store.release(run.job.id, self.name))
         self.store.save_rates(self.costs.changes())
+        self.upgrades.join()  # last: what is loading takes its time, and the jobs are saved by now
 
     @property
     def is_alive(self) -> bool:

@@ -73,9 +73,12 @@ class Upgrades:
         thread.start()
         return begun
 
-    def stop(self) -> None:
+    def leave(self) -> None:
         """Give up what has not taken over yet."""
         self._leaving.set()
+
+    def join(self) -> None:
+        """Wait until all have ended; one that is loading cannot be stopped before it has loaded."""
         for thread in self._threads:
             thread.join()
 
@@ -89,17 +92,18 @@ class Upgrades:
             if request is not None:
                 self._warm(pipe, request)
             self._set(model, state="draining")
-            self._drain(self._engine.replace(model, pipe))
-            self._set(model, state="done", ended_at=time.time())
-            log.info("%s: new weights serve, the old are freed", model)
+            if self._drain(self._engine.replace(model, pipe)):
+                gc.collect()  # weights hang in cycles with the functions that were compiled for them
+                self._set(model, state="done", ended_at=time.time())
+                log.info("%s: new weights serve, the old are freed", model)
         except Exception as error:
             told = deliver.told(error)
             known = told["code"] != "internal_error"
             log.error("%s stays as it was: %s", model, error, exc_info=None if known else error)
             message = told["message"] if known else f"{type(error).__name__}: {error}"
             self._set(model, state="failed", error=message, ended_at=time.time())
-        finally:
-            gc.collect()  # weights hang in cycles with the functions that were compiled for them
+            pipe = None
+            gc.collect()
 
     def _set(self, model: str, **changes) -> None:
         self._newest[model] = dataclasses.replace(self._newest[model], **changes)
@@ -116,6 +120,9 @@ class Upgrades:
         if self._leaving.is_set():
             raise Cancelled("the service is stopping")
 
-    def _drain(self, old: Pipeline) -> None:
-        while self._engine.uses(old) and not self._leaving.wait(POLL_SECONDS):
-            pass
+    def _drain(self, old: Pipeline) -> bool:
+        """Wait for the jobs that it began. False if the service stops before."""
+        while self._engine.uses(old):
+            if self._leaving.wait(POLL_SECONDS):
+                return False
+        return True

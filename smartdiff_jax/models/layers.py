@@ -178,16 +178,19 @@ def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], 
     """
     graphdef, stack = nnx.split(blocks)
 
+    def run(layer: nnx.State, hidden: T) -> T:
+        return call(nnx.merge(graphdef, layer), hidden)
+
     if any(map(_is_apart, jax.tree.leaves(stack, is_leaf=_is_apart))):
-        run = jax.jit(lambda layer, hidden: call(nnx.merge(graphdef, layer), hidden))
+        traced_once = jax.jit(run)
         for index in range(lo, hi):
-            hidden = run(_pick(stack, index), hidden)
+            hidden = traced_once(_pick(stack, index), hidden)
         return hidden
 
     def body(hidden: T, index: Array) -> tuple[T, None]:
         # Indexed here and not sliced [lo:hi] outside: that would be a second copy of the weights on the device.
         layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
-        return call(nnx.merge(graphdef, layer), hidden), None
+        return run(layer, hidden), None
 
     return jax.lax.scan(body, hidden, jnp.arange(lo, hi))[0]
 

@@ -1,7 +1,7 @@
 """Weights of stacked blocks, each block's in arrays of its own.
 
-A scan over stacked blocks copies a block's weights out of the stack before it reads them. Of a video's blocks that is a
-thousandth of the time, of a picture's, with its few thousand tokens, a tenth.
+A scan over stacked blocks copies a block's weights out of the stack before it reads them. With the many tokens
+of a video that does not show; of FLUX.1's picture it is a tenth of the time (docs/measured.md).
 """
 
 import functools
