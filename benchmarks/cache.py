@@ -7,8 +7,8 @@
 The prompts are none of the calibration's. Every entry computes as many steps as `auto` does at that ratio. Likeness is PSNR and
 SSIM to the full run of the same prompt and seed, and retrieval: the share of clips that are nearer to their own full run than
 to any other prompt's. Intervals are 95 % by bootstrap over prompts; `margin` is auto's PSNR over an entry's, prompt by prompt.
-All in float32, where likeness above 50 dB is not rounding. Prompts run side by side, each with its own decisions; `seconds` are
-those of one prompt alone.
+All in float32, where likeness above 50 dB is not rounding. Prompts run side by side, each with its own decisions, which takes
+equally long whatever is skipped: what caches gain is for `cache_speed.py` to measure.
 
 The baselines: `fewer-steps` (the sampler with that many steps), `same-steps` (the sampler on the noise levels that auto
 computes), `hold-even` and `hold-planned` (the last velocity, at evenly spread steps and at auto's), `shuffled` (auto's
@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -47,8 +46,7 @@ from smartdiff_jax.engine.comparison import psnr, ssim  # noqa: E402
 from smartdiff_jax.engine.pipeline import Inputs, Pipeline  # noqa: E402
 from smartdiff_jax.errors import InvalidRequest  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS, Schedule  # noqa: E402
-from smartdiff_jax.stages.base import Progress, jit_in  # noqa: E402
-from smartdiff_jax.stages.denoise import denoise  # noqa: E402
+from smartdiff_jax.stages.base import jit_in  # noqa: E402
 
 PARAMS: dict[str, dict[str, Any]] = {"dbcache": {"first_blocks": 2}}
 """For models of six and eight blocks."""
@@ -68,7 +66,8 @@ GROUNDS = "red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", 
 FIRST_SEED = 10_000
 MOST_DB = 100.0
 RESAMPLES = 2000
-SIDE_BY_SIDE = 64
+SIDE_BY_SIDE, THREADS = 64, 8
+"""Prompts in one call, and entries compiled and judged at once."""
 
 
 def prompts_for(task: str, count: int, first: int = 0) -> list[str]:
@@ -88,11 +87,10 @@ def prompts_for(task: str, count: int, first: int = 0) -> list[str]:
 
 @dataclasses.dataclass
 class Clips:
-    """One of each prompt. seconds: of the first prompt's denoising, alone."""
+    """One of each prompt."""
 
     frames: np.ndarray
     letters: list[str]
-    seconds: float
 
 
 class Bench:
@@ -107,7 +105,6 @@ class Bench:
             self.grid = pipe._model.patches.grid(shape)
             branches = pipe._branches(params, pipe._encode(params, Inputs()), self.grid)
             inputs.append((pipe._pack(pipe._noise(params.seed, shape, [0])), branches))
-        self.first = inputs[0]
         groups = [inputs[start : start + SIDE_BY_SIDE] for start in range(0, len(inputs), SIDE_BY_SIDE)]
         self.groups = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups]
         in_axes = (None, 0, 0, None, None, None, None)
@@ -125,22 +122,6 @@ class Bench:
         carry = loop._run(weights, carry, branches, schedule, scales, policy, sampler, begin, schedule.num_steps, begin)
         return carry.tokens, carry.executed
 
-    def seconds(self, course: Any) -> float:
-        """The first prompt's denoising as a user waits for it, the least of three."""
-        tokens, branches = self.first
-        taken = []
-        for _ in range(4):
-            began = time.perf_counter()
-            for event in denoise(
-                self.pipe._loop, course.experts, jnp.copy(tokens), branches, course.schedule, course.scales, course.policy,
-                course.sampler, chunk=MAX_STEPS,
-            ):  # fmt: skip
-                last = event
-            assert not isinstance(last, Progress)
-            jax.block_until_ready(last.tokens)
-            taken.append(time.perf_counter() - began)
-        return min(taken[1:])
-
     def all(self, course: Any) -> Clips:
         steps = int(course.schedule.num_steps)
         frames, letters = [], []
@@ -151,7 +132,7 @@ class Bench:
                 )
                 letters += [executed_letters(one, steps, course.scales) for one in np.asarray(executed)]
                 frames.append(np.asarray(self.pipe._decode(self.pipe._unpack(result[:, 0], grid=self.grid))))
-        return Clips(np.concatenate(frames), letters, self.seconds(course))
+        return Clips(np.concatenate(frames), letters)
 
 
 def entries(bench: Bench, ratio: float, names: list[str]) -> dict[str, Callable[[], Any]]:
@@ -219,15 +200,13 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in (("mean", values.mean()), ("low", low), ("high", high))}
 
 
-def judge(clips: Clips, full: Clips, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    db = np.minimum(list(pool.map(psnr, full.frames, clips.frames)), MOST_DB)
-    likeness = np.array(list(pool.map(ssim, full.frames, clips.frames)))
+def judge(clips: Clips, full: Clips) -> dict[str, Any]:
+    pairs = list(zip(full.frames, clips.frames, strict=True))
+    db, likeness = np.minimum([psnr(*pair) for pair in pairs], MOST_DB), np.array([ssim(*pair) for pair in pairs])
     own = np.stack([features(frames) for frames in full.frames])
     nearest = [int(np.argmin(np.linalg.norm(own - features(frames), axis=1))) for frames in clips.frames]
     return {
         "skipped": skipped_share(clips.letters),
-        "seconds": round(clips.seconds, 4),
-        "speed_up": round(full.seconds / clips.seconds, 3),
         "psnr": interval(db),
         "ssim": interval(likeness),
         "retrieval": round(float(np.mean(np.array(nearest) == np.arange(len(nearest)))), 4),
@@ -258,39 +237,40 @@ def main() -> None:
     names = list(dict.fromkeys(["auto", *arguments.policies.split(",")]))
 
     full = bench.all(bench.course())
-    print(f"full runs: {full.seconds:.3f} s", flush=True)
     results: dict[str, Any] = {
         "stamp": stamp(arguments.commit),
         "params": pipe.check(bench.request()).model_dump(),
         "prompts": bench.prompts,
-        "full_seconds": round(full.seconds, 4),
         "rows": [],
     }
-    with ThreadPoolExecutor() as pool:
+
+    def row_of(name: str, ratio: float, make: Callable[[], Any]) -> dict[str, Any]:
+        row = {"name": name, "ratio": ratio}
+        try:
+            course = make()
+        except InvalidRequest as refusal:
+            print(f"{ratio:5.2f} {name:14} {refusal}", flush=True)
+            return row | {"refused": str(refusal)}
+        row |= judge(bench.all(course), full)
+        print(
+            f"{ratio:5.2f} {name:14} skipped {row['skipped']:.3f}  "
+            f"PSNR {row['psnr']['mean']:6.2f} [{row['psnr']['low']:.2f}, {row['psnr']['high']:.2f}]  "
+            f"SSIM {row['ssim']['mean']:.4f}  retrieval {row['retrieval']:.3f}  {row['steps']}",
+            flush=True,
+        )
+        return row
+
+    with ThreadPoolExecutor(THREADS) as pool:
         for ratio in map(float, arguments.ratios.split(",")):
-            auto_db = None
-            for name, make in entries(bench, ratio, names).items():
-                row: dict[str, Any] = {"name": name, "ratio": ratio}
-                try:
-                    course = make()
-                except InvalidRequest as refusal:
-                    results["rows"].append(row | {"refused": str(refusal)})
-                    print(f"{ratio:5.2f} {name:14} {refusal}", flush=True)
-                    continue
-                row |= judge(bench.all(course), full, pool)
-                if auto_db is None:
-                    auto_db = np.array(row["psnr_by_prompt"])
-                row["margin"] = interval(auto_db - np.array(row["psnr_by_prompt"]))
-                results["rows"].append(row)
-                print(
-                    f"{ratio:5.2f} {name:14} skipped {row['skipped']:.3f} {row['speed_up']:6.2f}x  "
-                    f"PSNR {row['psnr']['mean']:6.2f} [{row['psnr']['low']:.2f}, {row['psnr']['high']:.2f}]  "
-                    f"SSIM {row['ssim']['mean']:.4f}  retrieval {row['retrieval']:.3f}  margin {row['margin']['mean']:+.2f} "
-                    f"[{row['margin']['low']:+.2f}, {row['margin']['high']:+.2f}]  {row['steps']}",
-                    flush=True,
-                )
-                if not arguments.tiny:
-                    publish(arguments.model, results, steps)
+            named = entries(bench, ratio, names)
+            rows = list(pool.map(row_of, named, itertools.repeat(ratio), named.values()))
+            auto_db = np.array(rows[0]["psnr_by_prompt"])
+            for row in rows:
+                if "refused" not in row:
+                    row["margin"] = interval(auto_db - np.array(row["psnr_by_prompt"]))
+            results["rows"] += rows
+            if not arguments.tiny:
+                publish(arguments.model, results, steps)
 
 
 def publish(model: str, results: dict[str, Any], steps: int) -> None:
