@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -253,7 +254,7 @@ def main() -> None:
             return row | {"refused": str(refusal)}
         row |= judge(bench.all(course), full)
         print(
-            f"{ratio:5.2f} {name:14} skipped {row['skipped']:.3f}  "
+            f"{time.strftime('%X')} {ratio:5.2f} {name:14} skipped {row['skipped']:.3f}  "
             f"PSNR {row['psnr']['mean']:6.2f} [{row['psnr']['low']:.2f}, {row['psnr']['high']:.2f}]  "
             f"SSIM {row['ssim']['mean']:.4f}  retrieval {row['retrieval']:.3f}  {row['steps']}",
             flush=True,
@@ -263,18 +264,19 @@ def main() -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         for ratio in map(float, arguments.ratios.split(",")):
             named = entries(bench, ratio, names)
-            rows = list(pool.map(row_of, named, itertools.repeat(ratio), named.values()))
-            auto_db = np.array(rows[0]["psnr_by_prompt"])
-            for row in rows:
+            auto_db = None
+            for row in pool.map(row_of, named, itertools.repeat(ratio), named.values()):
+                if auto_db is None:
+                    auto_db = np.array(row["psnr_by_prompt"])
                 if "refused" not in row:
                     row["margin"] = interval(auto_db - np.array(row["psnr_by_prompt"]))
-            results["rows"] += rows
-            if not arguments.tiny:
-                publish(arguments.model, results, steps)
+                results["rows"].append(row)
+                if not arguments.tiny:  # after every row: a run that is cut off leaves what it has
+                    publish(arguments.model, results, steps)
 
 
 def publish(model: str, results: dict[str, Any], steps: int) -> None:
-    """The result file and the plot, of what is measured so far: a run that is cut off leaves what it has."""
+    """The result file and the plot, of what is measured so far."""
     measured = [row for row in results["rows"] if "psnr" in row]
     lines = {
         name: [(row["ratio"], *(row["psnr"][key] for key in ("mean", "low", "high"))) for row in group]
