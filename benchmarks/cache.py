@@ -283,7 +283,8 @@ def publish(model: str, results: dict[str, Any], steps: int) -> None:
         for name, group in itertools.groupby(sorted(measured, key=lambda row: row["name"]), key=lambda row: row["name"])
     }
     title = f"{model}, {steps} steps, {len(results['prompts'])} prompts: likeness to the full run"
-    line_plot(ROOT / "docs" / f"cache-{model}.svg", lines, title, "share of steps skipped", "PSNR, dB")
+    file = ROOT / "docs" / f"cache-{model}.svg"
+    line_plot(file, lines, title, "share of steps skipped", "PSNR, dB", dashed=set(lines) - set(POLICIES))
     write(f"cache-{model}", results)
 
 

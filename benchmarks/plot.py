@@ -1,6 +1,6 @@
 """Line plots as SVG, written by hand: one file, no library, sharp at any size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -8,15 +8,18 @@ import numpy as np
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 520, 64, 180, 44, 52
 COLOURS = (
-    "#d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf #393b79 #637939 #843c39 #7b4173".split()
+    "#d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf #393b79 #637939 #843c39 #7b4173 #000000 "
+    "#5254a3 #8ca252".split()
 )
 
 Point = tuple[float, float, float, float]
 """x, y, and the ends of y's interval."""
 
 
-def line_plot(file: Path, lines: Mapping[str, Sequence[Point]], title: str, x_label: str, y_label: str) -> None:
-    """A line a name, with its interval as a bar at every point."""
+def line_plot(
+    file: Path, lines: Mapping[str, Sequence[Point]], title: str, x_label: str, y_label: str, dashed: Collection[str] = ()
+) -> None:
+    """A line a name, with its interval as a bar at every point. dashed: names that the others are compared with."""
     points = np.array([point for line in lines.values() for point in line])
     x_ticks, y_ticks = (_ticks(values.min(), values.max()) for values in (points[:, 0], points[:, 1:]))
 
@@ -46,13 +49,14 @@ def line_plot(file: Path, lines: Mapping[str, Sequence[Point]], title: str, x_la
     order = sorted(lines, key=lambda name: -np.mean([point[1] for point in lines[name]]))
     for index, name in enumerate(order):
         colour, line = COLOURS[index % len(COLOURS)], sorted(lines[name])
+        dashes = ' stroke-dasharray="6 4"' if name in dashed else ""
         path = "L".join(f"{x(px):.1f} {y(py):.1f}" for px, py, _, _ in line)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         for px, py, low, high in line:
             parts.append(f'<path d="M{x(px):.1f} {y(low):.1f}V{y(high):.1f}" stroke="{colour}"/>')
             parts.append(f'<circle cx="{x(px):.1f}" cy="{y(py):.1f}" r="3.5" fill="{colour}"/>')
         row = TOP + 12 + 22 * index
-        parts.append(f'<path d="M{WIDTH - RIGHT + 14} {row - 4}h22" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<path d="M{WIDTH - RIGHT + 14} {row - 4}h22" stroke="{colour}" stroke-width="3"{dashes}/>')
         parts.append(text(WIDTH - RIGHT + 42, row, name, "start"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join([*parts, "</svg>"]) + "\n")
