@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from smartdiff_jax.engine.engine import Engine  # which imports JAX; who admits need not wait for that
 
 MAX_PREVIEWS = 8
+FIXED = ("seed", "num_frames", "fps", "num_inference_steps")
 FORMATS = tuple(suffix.removeprefix(".") for suffix in WRITERS)
 
 
@@ -48,8 +49,10 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
     model = submission.model if submission.model is not None else next(iter(models))
     models[model]
     seed = asked.seed if asked.seed is not None else secrets.randbelow(MAX_SEED)
-    params = asked.model_copy(update={"seed": seed})
-    resolved = models[model].check(params)
+    resolved = models[model].check(asked.model_copy(update={"seed": seed}))
+    # What limits and price go by is written down: the defaults of weights that take over while it waits change none of it.
+    fixed = {"size": (resolved.width, resolved.height)} | {name: getattr(resolved, name) for name in FIXED}
+    params = asked.model_copy(update=fixed)
     megapixels = resolved.width * resolved.height * resolved.num_frames * resolved.num_outputs / 1e6
     _check_size(megapixels, engine.config.max_megapixels, resolved.num_inference_steps, key)
     output_format = _check_format(submission.output_format, resolved.num_frames, resolved.fps)

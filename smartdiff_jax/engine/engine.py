@@ -200,11 +200,8 @@ class Engine:
                 self._scheduler.remove(wanted.id)
             self._tell(wanted.id)
             return
-        params = GenerateParams.create(**job.params)
         with self._turn:
-            pipe = self.pipelines[job.model]
-            run = Run(job, pipe, work_of(pipe, params))
-            self.newest[job.model] = params
+            run = Run(job, self.pipelines[job.model])
             self._waiting.pop(job.id, None)
             self._runs[job.id] = run
             self._scheduler.put(self._entry(job))
@@ -215,6 +212,7 @@ class Engine:
         except Exception as error:
             self._fail(run, error)
             return
+        self.newest[job.model] = run.params
         if refused is not None:
             log.warning("%s begins anew: %s", job.id, refused)
         elif run.resumed:

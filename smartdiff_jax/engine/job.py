@@ -33,7 +33,8 @@ class Job:
     """One row of the store. Times are seconds since the epoch.
 
     owner: the API key's name. api: the route it came by ("jobs", "images", "videos").
-    params: GenerateParams, its seed drawn. output_format: the suffix of its files. previews: how many pictures on the way.
+    params: GenerateParams; its seed is drawn, and its size, frames, fps and steps are filled in.
+    output_format: the suffix of its files. previews: how many pictures on the way.
     units: denoise steps times tokens, whose seconds are measured; cost: device seconds it is expected to take in all.
     stage, done, total: its progress. device_seconds: spent on it so far.
     engine, lease_until: who runs it, until when. attempts: how often it was begun since it last got further.

@@ -32,10 +32,13 @@ class Lap:
 
 
 class Run:
-    """A job that this engine holds the lease of."""
+    """A job that this engine holds the lease of. params, work: what it asks for, once it is open."""
 
-    def __init__(self, job: Job, pipe: Pipeline, work: Work):
-        self.job, self.pipe, self.work = job, pipe, work
+    params: GenerateParams
+    work: Work
+
+    def __init__(self, job: Job, pipe: Pipeline):
+        self.job, self.pipe = job, pipe
         self.progress = Progress("text", 0, 1)
         self.device_seconds = job.device_seconds
         self.saved_at = job.device_seconds
@@ -48,8 +51,11 @@ class Run:
     def open(self, artifacts: Artifacts | None) -> str | None:
         """Up to where the device is needed. artifacts: where a checkpoint may lie; None begins anew.
 
-        Returns why a checkpoint that is there was not taken.
+        Returns why a checkpoint that is there was not taken. Raises InvalidRequest where the model that serves by now refuses
+        what another took when the job came.
         """
+        self.params = GenerateParams.create(**self.job.params)
+        self.work = work_of(self.pipe, self.params)
         resume, refused = None, None
         if artifacts is not None:
             try:
@@ -58,10 +64,9 @@ class Run:
             except (CheckpointError, StorageFailed) as error:
                 refused = str(error)
         self.resumed = resume is not None
-        request = GenerateParams.create(**self.job.params)
         steps = self.work.steps
         stops = {round(steps * number / (self.job.previews + 1)) for number in range(1, self.job.previews + 1)} - {0}
-        self._stream = self.pipe.stream(request, resume=resume, stops=stops)
+        self._stream = self.pipe.stream(self.params, resume=resume, stops=stops)
         self.progress = Progress("text", 0, 1)
         while self.progress.done < 1:
             event = next(self._stream)

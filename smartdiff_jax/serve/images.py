@@ -125,15 +125,14 @@ async def _events(service: Service, job: Job) -> AsyncIterator[str]:
                 event = {"b64_json": images.data[0].b64_json, "output_format": images.output_format, "job": job.id}
                 usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
                 usage |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
-                yield _event("image_generation.completed", now, event | {"usage": usage, "size": images.size})
+                yield _event("image_generation.completed", now, event | {"usage": usage})
     finally:
         if not done:
             await service.hung_up(job.id)
 
 
 def _event(kind: str, job: Job, fields: dict[str, Any]) -> str:
-    size = fields.pop("size", job.params.get("size") or "auto")
-    size = "x".join(map(str, size)) if isinstance(size, list) else size
+    size = "x".join(map(str, job.params["size"]))
     common = {"type": kind, "created_at": int(time.time()), "size": size, "quality": "auto", "background": "opaque"}
     return f"event: {kind}\ndata: {json.dumps(common | fields)}\n\n"
 

@@ -112,8 +112,8 @@ async def delete_video(video_id: str, service: ServiceOf, caller: Caller):
 
 
 def _view(service: Service, job: Job, response: Response | None = None) -> Video:
-    pipe = service.engine.pipelines[job.model]
-    params = pipe.check(GenerateParams.create(**job.params))
+    params = job.params  # and not the model, which may be another by now, or gone
+    width, height = params["size"]
     live, forecast = service.engine.live(job)
     if response is not None and not job.is_final:
         soonest, latest = POLL_MS
@@ -127,8 +127,8 @@ def _view(service: Service, job: Job, response: Response | None = None) -> Video
         status=STATUS.get(job.state, job.state),  # pyright: ignore[reportArgumentType]
         model=job.model,
         progress=100 if job.state == "succeeded" else min(round(100 * live.fraction), 99),
-        prompt=params.prompt,
-        seconds=f"{params.num_frames / params.fps:g}",
-        size=f"{params.width}x{params.height}",
+        prompt=params["prompt"],
+        seconds=f"{params['num_frames'] / params['fps']:g}",
+        size=f"{width}x{height}",
         error=None if job.error is None else VideoError(**job.error),
     )

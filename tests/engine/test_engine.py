@@ -238,3 +238,20 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may(bench):
     jobs = [bench.submit(SMALL | dict(seed=seed), key=key) for seed in range(4)]
     engine.start()
     assert {bench.wait(job).state for job in jobs} == {"succeeded"} and max(most) == 1
+
+
+def test_a_job_that_other_weights_refuse_by_now_fails_alone(bench, pipe, experts_pipe):
+    """It came while a model with two experts served, which one with a single expert has taken the place of."""
+    engine = bench.engine()
+    engine.replace("tiny", experts_pipe)
+    refused = bench.submit(SMALL | dict(guidance_scale_2=3.0))
+    assert refused.params["size"] == [32, 32] and refused.params["fps"] == 16  # it waits as what was priced
+    engine.replace("tiny", pipe)
+    taken = bench.submit()
+    engine.start()
+    failed = bench.wait(refused)
+    assert failed.state == "failed" and failed.error["code"] == "invalid_request", failed
+    assert all(words in failed.error["message"] for words in ("guidance_scale_2=3.0", "use guidance_scale"))
+    assert bench.wait(taken).state == "succeeded"
+    bench.wait_for(lambda: not engine._runs)
+    assert engine.backlog() == 0.0
