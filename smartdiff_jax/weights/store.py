@@ -2,7 +2,9 @@
 
 An entry is one Orbax checkpoint, root/<key>/, of dotted path to array, restored straight into whatever sharding is asked for.
 The key is a digest of all that the numbers depend on: the architecture with its key rules, the numbers of its config, the
-source files (name, size, time of change, header) and the dtype. A changed source is another entry, never a stale one.
+source files (name, size, time of change, header) and the dtype. A changed source is another entry, never a stale one: the
+samples of `Component.fingerprint` would not do, which pass over a change of one tensor. A copy of the source is another entry
+too, which costs one conversion; a job's checkpoint must go on beside a copy on another host, and goes by the fingerprint.
 """
 
 import contextlib
