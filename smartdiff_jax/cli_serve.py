@@ -66,7 +66,7 @@ def serve(
 
     failures: list[Exception] = []
 
-    def load(api_keys: dict[str, Any]) -> Any:
+    def load() -> Any:
         try:
             from smartdiff_jax.engine.engine import Engine
             from smartdiff_jax.engine.pipeline import Pipeline
@@ -76,7 +76,7 @@ def serve(
                 anew = functools.partial(Pipeline.from_pretrained, name, system=system)
                 pipe = anew()
                 pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew
-            engine = Engine(pipelines, job_store, files, service, api_keys.values(), loaders=loaders)
+            engine = Engine(pipelines, job_store, files, service, loaders=loaders)
             log.info("%s ready after %.1f s", ", ".join(engine.pipelines), time.perf_counter() - began)
             return engine
         except Exception as error:
@@ -84,7 +84,7 @@ def serve(
             server.should_exit = True
             raise
 
-    app = create_app(service, load)
+    app = create_app(service, load, config)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
     app.state.service.is_leaving = lambda: server.should_exit
     listening = _listen(service.host, service.port)

@@ -14,10 +14,9 @@ from smartdiff_jax.errors import InvalidConfig
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-class ServiceConfig(BaseModel):
-    """host, port: where to listen; any address but a loopback one needs keys.
-    store: URL of the database of jobs. artifacts: folder, or URL of fsspec, of their files.
-    keys: YAML file of API keys (`smartdiff key`).
+class Limits(BaseModel):
+    """What may be changed while a service runs.
+
     max_queued: jobs that wait; more are turned away. max_megapixels: width x height x frames x outputs of one request.
     keep_hours: how long a finished job and its files are kept.
     checkpoint_seconds: device time after which a running job is saved, and the most that a crash costs it, and one chunk.
@@ -25,15 +24,25 @@ class ServiceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    max_queued: int = Field(default=256, ge=1)
+    max_megapixels: float = Field(default=1000.0, gt=0)
+    keep_hours: float = Field(default=24.0, gt=0)
+    checkpoint_seconds: float = Field(default=10.0, ge=0)
+
+
+class ServiceConfig(Limits):
+    """The limits, and what holds from start to stop.
+
+    host, port: where to listen; any address but a loopback one needs keys.
+    store: URL of the database of jobs. artifacts: folder, or URL of fsspec, of their files.
+    keys: YAML file of API keys (`smartdiff key`).
+    """
+
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     store: str = "sqlite:///jobs.db"
     artifacts: str = "artifacts"
     keys: Path | None = None
-    max_queued: int = Field(default=256, ge=1)
-    max_megapixels: float = Field(default=1000.0, gt=0)
-    keep_hours: float = Field(default=24.0, gt=0)
-    checkpoint_seconds: float = Field(default=10.0, ge=0)
 
     @classmethod
     def create(cls, **fields: Any) -> "ServiceConfig":
@@ -82,18 +91,16 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def read_keys(path: Path | None) -> dict[str, ApiKey]:
-    """Keys by hash, from a YAML list of ApiKey's fields; empty without a file. Raises InvalidConfig."""
-    if path is None:
-        return {}
+def read_keys(path: Path) -> dict[str, ApiKey]:
+    """Keys by hash, from a YAML list of ApiKey's fields. Raises InvalidConfig."""
     try:
         entries = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidConfig("keys", str(path), f"cannot be read as YAML: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InvalidConfig("keys", str(path), "must be a list of keys; `smartdiff key NAME` prints one")
     try:
-        keys = [ApiKey(**entry) for entry in entries]
+        keys = [ApiKey.model_validate(entry) for entry in entries]
     except ValidationError as error:
         raise_invalid(error, InvalidConfig, ApiKey, where=f" in {path}")
     by_hash = {key.sha256: key for key in keys}

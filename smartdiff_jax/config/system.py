@@ -94,8 +94,8 @@ class SystemConfig(BaseModel):
             raise InvalidConfig(
                 "config", str(path), f"cannot be read ({error.strerror}); give the path of a YAML file"
             ) from None
-        except yaml.YAMLError as error:
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidConfig("config", str(path), f"is not valid YAML: {error}") from None
-        if not isinstance(fields, dict | None):
+        if not isinstance(fields, dict | None) or not all(isinstance(name, str) for name in fields or ()):
             raise InvalidConfig("config", str(path), f"must hold fields such as {', '.join(cls.model_fields)}")
         return cls.create(**(fields or {}))

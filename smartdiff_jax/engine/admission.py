@@ -54,7 +54,7 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
     fixed = {"size": (resolved.width, resolved.height)} | {name: getattr(resolved, name) for name in FIXED}
     params = asked.model_copy(update=fixed)
     megapixels = resolved.width * resolved.height * resolved.num_frames * resolved.num_outputs / 1e6
-    _check_size(megapixels, engine.config.max_megapixels, resolved.num_inference_steps, key)
+    _check_size(megapixels, engine.limits.max_megapixels, resolved.num_inference_steps, key)
     output_format = _check_format(submission.output_format, resolved.num_frames, resolved.fps)
     if not 0 <= submission.previews <= MAX_PREVIEWS:
         raise InvalidRequest("previews", submission.previews, f"must be from 0 to {MAX_PREVIEWS}")
@@ -74,7 +74,7 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
         total=resolved.num_inference_steps,
         idempotency_key=submission.idempotency_key,
     )
-    job, new = engine.store.submit(job, submission.hash, engine.config.max_queued, key.max_queued)
+    job, new = engine.store.submit(job, submission.hash, engine.limits.max_queued, key.max_queued)
     if new:
         engine.offer(job)
     return job, new

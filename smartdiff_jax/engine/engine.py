@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from smartdiff_jax.config.request import GenerateParams
-from smartdiff_jax.config.service import EVERYONE, ApiKey, ServiceConfig
+from smartdiff_jax.config.service import EVERYONE, ApiKey, Limits
 from smartdiff_jax.engine import deliver
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.costs import Costs, Work
-from smartdiff_jax.engine.job import Job
+from smartdiff_jax.engine.job import Job, Priority
 from smartdiff_jax.engine.metrics import Metrics
 from smartdiff_jax.engine.output import GenerateOutput
 from smartdiff_jax.engine.pipeline import Pause, Pipeline
@@ -52,20 +52,19 @@ class Engine:
         pipelines: Mapping[str, Pipeline],
         store: JobStore,
         artifacts: Artifacts,
-        config: ServiceConfig,
-        keys: Iterable[ApiKey] = (),
+        limits: Limits,
         metrics: Metrics | None = None,
         loaders: Mapping[str, Callable[[], Pipeline]] | None = None,
     ):
         """loaders: what makes a model's pipeline anew, for upgrades."""
-        self.pipelines, self.store, self.artifacts, self.config = dict(pipelines), store, artifacts, config
+        self.pipelines, self.store, self.artifacts, self.limits = dict(pipelines), store, artifacts, limits
         self.metrics = metrics or Metrics()
         self.costs = Costs(store.load_rates())
         self.name = f"engine_{secrets.token_hex(6)}"
         self.newest: dict[str, GenerateParams] = {}
         self.upgrades = Upgrades(self, loaders or {})
         self.listeners: list[Callable[[str], None]] = []
-        self._keys = {key.name: key for key in keys}
+        self._keys: dict[str, ApiKey] = {}
         self._scheduler = Scheduler()
         self._waiting: dict[str, Job] = {}
         self._runs: dict[str, Run] = {}
@@ -110,10 +109,21 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads)
+        return not any(thread.ident is not None and not thread.is_alive() for thread in self._threads)
 
     def work_of(self, model: str, params: GenerateParams) -> Work:
         return work_of(self.pipelines[model], params)
+
+    def adopt(self, limits: Limits, keys: Iterable[ApiKey]) -> None:
+        """From now on these hold, for what is asked and for what waits; what runs is not stopped by them."""
+        with self._turn:
+            self.limits, self._keys = limits, {key.name: key for key in keys}
+            self.store.ttl = limits.keep_hours * 3600
+            for job in self._waiting.values():
+                self._scheduler.put(self._entry(job))
+            for run in self._runs.values():
+                self._put_anew(run, run.job.priority)
+        self._prefetch()
 
     def replace(self, model: str, pipe: Pipeline) -> Pipeline:
         """From now on jobs of `model` begin with `pipe`. Returns the one that served before."""
@@ -280,7 +290,7 @@ class Engine:
                 run.previews_made += 1
                 name = f"preview-{run.previews_made}.webp"
                 self._writers.submit(self._in_background, deliver.write_picture, self.artifacts, job.id, name, picture)
-            if run.device_seconds - run.saved_at >= self.config.checkpoint_seconds and not run.saving:
+            if run.device_seconds - run.saved_at >= self.limits.checkpoint_seconds and not run.saving:
                 run.saving, run.saved_at = True, run.device_seconds
                 checkpoint = run.checkpoint()
                 self._writers.submit(self._in_background, self._write, run, checkpoint)
@@ -406,9 +416,8 @@ class Engine:
                     continue
                 cancelled, priority = mine[job_id]
                 run.cancelled |= cancelled
-                if priority != run.job.priority and job_id in self._scheduler:
-                    run.job = dataclasses.replace(run.job, priority=priority, device_seconds=run.device_seconds)
-                    self._scheduler.put(self._entry(run.job))
+                if priority != run.job.priority:
+                    self._put_anew(run, priority)
             self._turn.notify_all()
 
     def _refresh(self) -> None:
@@ -429,6 +438,11 @@ class Engine:
         if self._waiting.get(job.id) != job:
             self._waiting[job.id] = job
             self._scheduler.put(self._entry(job))
+
+    def _put_anew(self, run: Run, priority: Priority) -> None:
+        if run.job.id in self._scheduler:
+            run.job = dataclasses.replace(run.job, priority=priority, device_seconds=run.device_seconds)
+            self._scheduler.put(self._entry(run.job))
 
     def _entry(self, job: Job) -> Entry:
         spent, share = min(job.device_seconds, job.cost), self._key(job).share
@@ -451,13 +465,8 @@ class Engine:
         with self._turn:
             self._forecast = self._scheduler.forecast()
             backlog, waiting = self._scheduler.backlog(), list(self._waiting.values())
-            runs = list(self._runs.values())
-        self.metrics.backlog.set(backlog)
-        for model in self.pipelines:
-            of_model = [job.created_at for job in waiting if job.model == model]
-            self.metrics.waiting.labels(model).set(len(of_model))
-            self.metrics.oldest.labels(model).set(max(time.time() - min(of_model), 0.0) if of_model else 0.0)
-            self.metrics.running.labels(model).set(sum(run.job.model == model for run in runs))
+            running = [run.job for run in self._runs.values()]
+        self.metrics.tell_queue(self.pipelines, waiting, running, backlog)
         for kind, size in deliver.device_memory().items():
             self.metrics.memory.labels(kind).set(size)
 

@@ -1,6 +1,11 @@
 """What the engine tells Prometheus; a registry of its own, so that two engines in a process do not meet."""
 
+import time
+from collections.abc import Collection
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from smartdiff_jax.engine.job import Job
 
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 
@@ -23,10 +28,20 @@ class Metrics:
         self.busy = self._of(Counter, "device_seconds", "Device time spent on jobs.", "model")
         self.checkpoints = self._of(Counter, "checkpoints", "Checkpoints, written or failed.", "model", "result")
         self.resumed = self._of(Counter, "resumed_jobs", "Jobs taken up from a checkpoint.", "model")
+        self.refused = self._of(Gauge, "settings_refused", "1 while what lies in a file of settings cannot be taken.", "file")
         self.memory = self._of(Gauge, "device_bytes", "Device memory, by kind: in use, peak, limit.", "kind")
 
     def _of(self, kind, name: str, text: str, *labels: str, **options):
         return kind(f"smartdiff_{name}", text, labels, registry=self.registry, **options)
+
+    def tell_queue(self, models: Collection[str], waiting: Collection[Job], running: Collection[Job], backlog: float) -> None:
+        """How it stands with the queue now."""
+        self.backlog.set(backlog)
+        for model in models:
+            of_model = [job.created_at for job in waiting if job.model == model]
+            self.waiting.labels(model).set(len(of_model))
+            self.oldest.labels(model).set(max(time.time() - min(of_model), 0.0) if of_model else 0.0)
+            self.running.labels(model).set(sum(job.model == model for job in running))
 
     def exposition(self) -> bytes:
         """In Prometheus' text format."""

@@ -74,7 +74,7 @@ class JobStore:
 
     def __init__(self, url: str, ttl: float = 86_400.0, clock: Callable[[], float] = time.time):
         """Raises InvalidConfig for a URL that names no database, or one that cannot be opened."""
-        self._ttl, self._clock = ttl, clock
+        self.ttl, self._clock = ttl, clock
         try:
             parsed = sa.make_url(url)
             self._is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -281,7 +281,7 @@ class JobStore:
         now = self._clock()
         values |= {"stage": state, "state": state, "finished_at": now, "engine": None, "lease_until": None}
         # A job that was forgotten while it ran has expired already.
-        return jobs.update().where(which).values(expires_at=sa.func.coalesce(jobs.c.expires_at, now + self._ttl), **values)
+        return jobs.update().where(which).values(expires_at=sa.func.coalesce(jobs.c.expires_at, now + self.ttl), **values)
 
 
 def _begin(connection: sa.Connection) -> None:

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from smartdiff_jax.config.service import ApiKey
+from smartdiff_jax.config.service import ApiKey, Limits
 from smartdiff_jax.errors import Conflict
 from smartdiff_jax.serve.errors import ServiceError, not_found
 from smartdiff_jax.serve.jobs import Caller, ServiceOf
-from smartdiff_jax.serve.schemas import UpgradeView
+from smartdiff_jax.serve.schemas import LimitsView, UpgradeView
 from smartdiff_jax.serve.service import Service
 
 router = APIRouter(prefix="/admin", tags=["admin"])
@@ -31,6 +31,15 @@ def _view(service: Service, model: str, upgrade: Any) -> UpgradeView:
 def _known(service: Service, model: str) -> None:
     if model not in service.engine.pipelines:
         not_found("model", model)
+
+
+@router.get("/limits", response_model=LimitsView)
+async def get_limits(service: ServiceOf, admin: Admin):
+    """What is in force now; it changes with the files it was read from."""
+    settings = service.settings
+    limits = {name: getattr(settings.limits, name) for name in Limits.model_fields}
+    keys = [key.name for key in settings.keys.values()]
+    return LimitsView(**limits, keys=keys, refused=settings.refused, need_restart=settings.need_restart)
 
 
 @router.post("/models/{model:path}", status_code=202, response_model=UpgradeView)

@@ -5,17 +5,19 @@ import contextlib
 import mimetypes
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 
-from smartdiff_jax.config.service import ApiKey, ServiceConfig
+from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.serve import admin, images, jobs, videos
 from smartdiff_jax.serve.errors import ErrorEnvelope, ServiceError, install, not_found
 from smartdiff_jax.serve.jobs import Caller, ServiceOf
 from smartdiff_jax.serve.middleware import BodyLimit, RequestId
 from smartdiff_jax.serve.schemas import Health, ModelList, ModelView, VideoRequest
 from smartdiff_jax.serve.service import Service
+from smartdiff_jax.serve.settings import Settings
 
 PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -28,9 +30,9 @@ POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:
 root = APIRouter()
 
 
-def create_app(config: ServiceConfig, load: Callable[[dict[str, ApiKey]], Any]) -> FastAPI:
-    """load: makes the engine, given the API keys by hash; called on a thread when the app starts."""
-    service = Service(config, load)
+def create_app(config: ServiceConfig, load: Callable[[], Any], config_file: Path | None = None) -> FastAPI:
+    """load: makes the engine; called on a thread when the app starts. config_file: where the limits are read from anew."""
+    service = Service(Settings(config, config_file), load)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from smartdiff_jax.config.request import GenerateParams
+from smartdiff_jax.config.service import Limits
 from smartdiff_jax.engine.job import Priority, State, UpgradeState
 
 
@@ -34,6 +35,15 @@ class UpgradeView(BaseModel):
     error: str | None
     began_at: float | None
     ended_at: float | None
+
+
+class LimitsView(Limits):
+    """The limits in force. keys: whose are. refused: by file, "keys" or "config", why it is not taken as it lies there.
+    need_restart: what has changed in the file of system parameters that is read at the start alone."""
+
+    keys: list[str]
+    refused: dict[str, str | None]
+    need_restart: list[str]
 
 
 class JobChange(BaseModel):

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from smartdiff_jax.config.service import EVERYONE, ApiKey, ServiceConfig, hash_key, read_keys
+from smartdiff_jax.config.service import EVERYONE, ApiKey, hash_key
 from smartdiff_jax.engine.job import Job
 from smartdiff_jax.errors import SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
 from smartdiff_jax.serve.schemas import JobView
+from smartdiff_jax.serve.settings import LOOK_SECONDS, Settings
 
 log = logging.getLogger("smartdiff")
 
@@ -26,27 +27,29 @@ POLL_SECONDS = 1.0
 class Service:
     """One per process. `load` makes the engine, on a thread of its own, so that the service answers while it loads."""
 
-    def __init__(self, config: ServiceConfig, load: Callable[[dict[str, ApiKey]], Any]):
-        self.config = config
-        self.keys = read_keys(config.keys)
+    def __init__(self, settings: Settings, load: Callable[[], Any]):
+        self.settings = settings
         self._load = load
         self._engine: Any = None
         self._failure: str | None = None
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.started = threading.Event()
+        self.started, self._leaving = threading.Event(), threading.Event()
+        self._adopting = threading.Lock()
         self.is_leaving: Callable[[], bool] = lambda: False
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        threading.Thread(target=self._start, name="load", daemon=True).start()
+        for body, name in ((self._start, "load"), (self._watch, "settings")):
+            threading.Thread(target=body, name=name, daemon=True).start()
 
     def _start(self) -> None:
         try:
-            engine = self._load(self.keys)
+            engine = self._load()
             engine.listeners.append(self._changed)
-            engine.start()
             self._engine = engine
+            self._adopt()
+            engine.start()
         except Exception as error:
             self._failure = str(error)
             if not isinstance(error, SmartdiffError):
@@ -54,7 +57,19 @@ class Service:
         finally:
             self.started.set()
 
+    def _watch(self) -> None:
+        while not self._leaving.wait(LOOK_SECONDS):
+            if self.settings.look() and self._engine is not None:
+                self._adopt()
+
+    def _adopt(self) -> None:
+        with self._adopting:  # the last to come has read what is newest
+            self._engine.adopt(self.settings.limits, self.settings.keys.values())
+            for name, refused in self.settings.refused.items():
+                self._engine.metrics.refused.labels(name).set(refused is not None)
+
     def stop(self) -> None:
+        self._leaving.set()
         self.started.wait()
         if self._engine is not None:
             self._engine.stop()
@@ -80,11 +95,11 @@ class Service:
 
     def caller(self, request: Request) -> ApiKey:
         """Whose key the request bears. Raises 401."""
-        if not self.keys:
+        if not (keys := self.settings.keys):
             return EVERYONE
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = hash_key(key.strip()) if scheme.lower() == "bearer" else ""
-        for known, entry in self.keys.items():
+        for known, entry in keys.items():
             if hmac.compare_digest(known, given):
                 return entry
         raise ServiceError(401, "give a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")

@@ -232,7 +232,7 @@ def test_admission_refuses_what_cannot_be_served(bench):
 def test_a_key_runs_no_more_jobs_at_once_than_it_may(bench):
     key = EVERYONE.model_copy(update={"name": "ann", "max_running": 1})
     engine = bench.engine()
-    engine._keys["ann"] = key
+    engine.adopt(engine.limits, [key])
     most = []
     engine.listeners.append(lambda job: most.append(len(engine._runs)))
     jobs = [bench.submit(SMALL | dict(seed=seed), key=key) for seed in range(4)]
@@ -255,3 +255,22 @@ def test_a_job_that_other_weights_refuse_by_now_fails_alone(bench, pipe, experts
     assert bench.wait(taken).state == "succeeded"
     bench.wait_for(lambda: not engine._runs)
     assert engine.backlog() == 0.0
+
+
+def test_other_limits_and_keys_hold_at_once_and_stop_nothing(bench):
+    engine, ann = bench.engine(), EVERYONE.model_copy(update={"name": "ann"})
+    engine.start()
+    endless = [bench.submit(SMALL | dict(num_inference_steps=200, num_outputs=64), key=ann) for _ in range(2)]
+    for job in endless:
+        bench.wait(job, "running")
+    held = ann.model_copy(update={"max_running": 1, "share": 100.0})
+    engine.adopt(ServiceConfig.create(max_queued=1, keep_hours=1), [held])
+    waiting = bench.submit(key=ann)
+    with pytest.raises(QueueFull, match="1 jobs are waiting"):
+        bench.submit()
+    assert [bench.store.get(job.id).state for job in (*endless, waiting)] == ["running", "running", "queued"]
+    assert {entry.share for entry in engine._scheduler._entries.values()} == {100.0}
+    engine.adopt(ServiceConfig.create(), [])
+    assert bench.wait(waiting).expires_at == pytest.approx(time.time() + 24 * 3600, abs=60)
+    for job in endless:
+        bench.store.cancel(job.id)

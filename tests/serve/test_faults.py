@@ -88,8 +88,35 @@ def test_a_full_queue_says_when_to_come_again_and_a_key_what_it_may(model, confi
             assert other.generate("a", **SMALL).state == "succeeded"  # the other's turn comes within a chunk
             for job in (long, *waiting):
                 client.cancel(job.id)
+        change_while_it_serves(server, keys, ann, bob)
     finally:
         server.stop()
+
+
+def change_while_it_serves(server, keys, ann, bob):
+    """ann's key is taken out and bob becomes an admin; then the file is spoilt, and all stays as it was."""
+
+    def ask(key):
+        return httpx2.get(f"{server.url}/admin/limits", headers={"Authorization": f"Bearer {key}"})
+
+    def until(condition):
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end, server.log.read_text()
+            time.sleep(0.05)
+
+    assert (ask(ann).status_code, ask(bob).status_code) == (403, 403)
+    keys.write_text(keys.read_text().partition("- name: bob")[2].join(["- name: bob", "  admin: true\n"]))
+    until(lambda: ask(bob).status_code == 200)
+    assert ask(ann).status_code == 401
+    limits = ask(bob).json()
+    assert limits["keys"] == ["bob"] and limits["max_megapixels"] == 0.35
+    assert limits["refused"] == {"keys": None, "config": None} and limits["need_restart"] == []
+    keys.write_text("- name: [")
+    until(lambda: ask(bob).json()["refused"]["keys"])
+    assert ask(bob).json()["keys"] == ["bob"] and "what was in force stays: keys=" in server.log.read_text()
+    metrics = httpx2.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {bob}"}).text
+    assert 'smartdiff_settings_refused{file="keys"} 1.0' in metrics
 
 
 @pytest.mark.parametrize(
