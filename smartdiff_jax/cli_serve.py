@@ -67,25 +67,27 @@ def serve(
     failures: list[Exception] = []
 
     def load() -> Any:
-        try:
-            from smartdiff_jax.engine.engine import Engine
-            from smartdiff_jax.engine.pipeline import Pipeline
+        from smartdiff_jax.engine.engine import Engine
+        from smartdiff_jax.engine.pipeline import Pipeline
 
-            pipelines, loaders = {}, {}
-            for name in model or ["pocket-video"]:
-                anew = functools.partial(Pipeline.from_pretrained, name, system=system)
-                pipe = anew()
-                pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew
-            engine = Engine(pipelines, job_store, files, service, loaders=loaders)
-            log.info("%s ready after %.1f s", ", ".join(engine.pipelines), time.perf_counter() - began)
-            return engine
-        except Exception as error:
-            failures.append(error)
+        pipelines, loaders = {}, {}
+        for name in model or ["pocket-video"]:
+            anew = functools.partial(Pipeline.from_pretrained, name, system=system)
+            pipe = anew()
+            pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew
+        log.info("%s loaded after %.1f s", ", ".join(pipelines), time.perf_counter() - began)
+        return Engine(pipelines, job_store, files, service, loaders=loaders)
+
+    def started(failure: Exception | None) -> None:
+        if failure is None:
+            log.info("ready after %.1f s", time.perf_counter() - began)
+        else:
+            failures.append(failure)
             server.should_exit = True
-            raise
 
     app = create_app(service, load, config)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS))
+    app.state.service.on_start = started
     app.state.service.is_leaving = lambda: server.should_exit
     listening = _listen(service.host, service.port)
     address = f"[{service.host}]" if ":" in service.host else service.host

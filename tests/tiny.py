@@ -123,3 +123,9 @@ CASES = {
         guidance_scale_2=3.0,
     ),
 }  # fmt: skip
+
+
+def with_default(spec, width: int, height: int, num_frames: int):
+    """The spec of a model whose default request is so small."""
+    fields = {"width": width, "height": height, "num_frames": num_frames}
+    return spec.model_copy(update={"sampling": spec.sampling.model_copy(update=fields)})

@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from smartdiff_jax.config.request import MAX_SEED, GenerateParams
+from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams
 from smartdiff_jax.config.service import ApiKey
 from smartdiff_jax.engine.job import PRIORITIES, Job, Priority, new_id
 from smartdiff_jax.errors import InvalidRequest
@@ -53,8 +53,7 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
     # What limits and price go by is written down: the defaults of weights that take over while it waits change none of it.
     fixed = {"size": (resolved.width, resolved.height)} | {name: getattr(resolved, name) for name in FIXED}
     params = asked.model_copy(update=fixed)
-    megapixels = resolved.width * resolved.height * resolved.num_frames * resolved.num_outputs / 1e6
-    _check_size(megapixels, engine.limits.max_megapixels, resolved.num_inference_steps, key)
+    _check_size(megapixels(resolved), engine.limits.max_megapixels, resolved.num_inference_steps, key)
     output_format = _check_format(submission.output_format, resolved.num_frames, resolved.fps)
     if not 0 <= submission.previews <= MAX_PREVIEWS:
         raise InvalidRequest("previews", submission.previews, f"must be from 0 to {MAX_PREVIEWS}")
@@ -80,18 +79,23 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
     return job, new
 
 
+def megapixels(params: ResolvedParams) -> float:
+    """Of all frames of all outputs."""
+    return params.width * params.height * params.num_frames * params.num_outputs / 1e6
+
+
 def _plain(params: GenerateParams) -> dict[str, Any]:
     return params.model_dump(mode="json", exclude_defaults=True) | {"prompt": params.prompt}
 
 
-def _check_size(megapixels: float, most: float, steps: int, key: ApiKey) -> None:
-    if megapixels > most:
+def _check_size(size: float, most: float, steps: int, key: ApiKey) -> None:
+    if size > most:
         raise InvalidRequest(
-            "size", f"{megapixels:.1f} megapixels in all", f"this service makes {most:g} at most; ask for less or fewer"
+            "size", f"{size:.1f} megapixels in all", f"this service makes {most:g} at most; ask for less or fewer"
         )
-    if key.max_work is not None and megapixels * steps > key.max_work:
+    if key.max_work is not None and size * steps > key.max_work:
         raise InvalidRequest(
-            "num_inference_steps", steps, f"{megapixels * steps:.1f} megapixel-steps; your key allows {key.max_work:g} a job"
+            "num_inference_steps", steps, f"{size * steps:.1f} megapixel-steps; your key allows {key.max_work:g} a job"
         )
 
 

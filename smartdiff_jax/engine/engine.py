@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from smartdiff_jax.config.request import GenerateParams
 from smartdiff_jax.config.service import EVERYONE, ApiKey, Limits
@@ -24,11 +24,12 @@ from smartdiff_jax.engine.costs import Costs, Work
 from smartdiff_jax.engine.job import Job, Priority
 from smartdiff_jax.engine.metrics import Metrics
 from smartdiff_jax.engine.output import GenerateOutput
-from smartdiff_jax.engine.pipeline import Pause, Pipeline
+from smartdiff_jax.engine.pipeline import OnProgress, Pause, Pipeline
 from smartdiff_jax.engine.run import CHECKPOINT, Lap, Run, work_of
 from smartdiff_jax.engine.scheduler import Entry, Forecast, Scheduler
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.upgrade import Upgrades
+from smartdiff_jax.engine.warming import warm_defaults
 from smartdiff_jax.stages.base import Progress
 
 MAX_BEGUN = 8
@@ -81,6 +82,11 @@ class Engine:
                          (("device", self._device), ("keeper", self._keeper))]  # fmt: skip
 
     # What others ask of it, on any thread.
+
+    def warm(self, on_progress: OnProgress) -> Iterator[str]:
+        """Compile what each model's default request needs; yields the models as they are warm. Before `start`: jobs that come
+        meanwhile are taken, and wait."""
+        return warm_defaults(self.pipelines, self.limits, on_progress)
 
     def start(self) -> None:
         self._refresh()

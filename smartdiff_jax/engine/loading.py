@@ -33,7 +33,7 @@ from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folde
 from smartdiff_jax.weights.hub import fetch
 from smartdiff_jax.weights.residency import at_rest
 from smartdiff_jax.weights.store import WeightStore, store_key
-from smartdiff_jax.weights.stream import abstract, load
+from smartdiff_jax.weights.stream import abstract, fill
 
 SAMPLER_OF_SCHEDULER = {
     "UniPCMultistepScheduler": "flow_unipc",
@@ -181,7 +181,7 @@ def _load_component(
     """(graphdef, weights): from the store of converted weights where they are, else from the checkpoint's files."""
 
     def convert() -> Any:
-        return load(architecture, config, component.tensors(), dtype, sharding_for, where=component.path)
+        return fill(architecture, target, component.tensors(), where=component.path)
 
     graphdef, target = abstract(architecture, config, dtype, sharding_for)
     if store is None:

@@ -69,12 +69,12 @@ class Pause(Progress):
     """Progress at a place where a request can be left, and taken up by another process.
 
     checkpoint: copies it to the host; to be called before the stream goes on.
-    preview: what the first output would be if it were finished now, uint8 [height, width, 3], of a video its first frame;
-        None but at the steps asked for.
+    preview: what the first output would be if it were finished now, [height, width, 3], of a video its first frame, in uint8
+        (or with to_uint8=False in float32); None but at the steps asked for.
     """
 
     checkpoint: Callable[[], Checkpoint]
-    preview: Callable[[], np.ndarray] | None = None
+    preview: Callable[..., np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,9 +344,9 @@ class Pipeline:
         batch, results, steps = kept
         estimate = event.estimate
 
-        def preview() -> np.ndarray:
+        def preview(to_uint8: bool = True) -> np.ndarray:
             latents = self._unpack(estimate, grid=grid)[:1, :, :1]
-            return np.asarray(self._decode(latents))[0, 0]
+            return np.asarray(self._decode(latents, to_uint8))[0, 0]
 
         return Pause(
             *dataclasses.astuple(progress),

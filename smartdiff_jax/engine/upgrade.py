@@ -15,19 +15,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from smartdiff_jax.config.request import GenerateParams
 from smartdiff_jax.engine import deliver
 from smartdiff_jax.engine.job import UpgradeState
 from smartdiff_jax.engine.pipeline import Pipeline
+from smartdiff_jax.engine.warming import warm
 from smartdiff_jax.errors import Cancelled, Conflict, InvalidConfig
 from smartdiff_jax.stages.base import Progress
 
 if TYPE_CHECKING:
     from smartdiff_jax.engine.engine import Engine
 
-WARM_STEPS = 2
 POLL_SECONDS = 0.05
 
 UNDER_WAY = ("loading", "warming", "draining")
@@ -88,9 +85,9 @@ class Upgrades:
             if pipe.spec.name != model:
                 raise InvalidConfig("model", pipe.spec.name, f"is what lies now where {model} was loaded from")
             self._set(model, state="warming")
-            request = self._engine.newest.get(model)
-            if request is not None:
-                self._warm(pipe, request)
+            newest = self._engine.newest.get(model)
+            if newest is not None:
+                warm(pipe, newest, self._unless_leaving)
             self._set(model, state="draining")
             if self._drain(self._engine.replace(model, pipe)):
                 gc.collect()  # weights hang in cycles with the functions that were compiled for them
@@ -107,14 +104,6 @@ class Upgrades:
 
     def _set(self, model: str, **changes) -> None:
         self._newest[model] = dataclasses.replace(self._newest[model], **changes)
-
-    def _warm(self, pipe: Pipeline, request: GenerateParams) -> None:
-        # Policies and their plans may not fit so few steps, and are not tried.
-        fields = request.model_dump(exclude={"num_outputs", "cache", "cache_ratio", "cache_params"})
-        fields |= {"num_inference_steps": min(WARM_STEPS, request.num_inference_steps or WARM_STEPS)}
-        out = pipe(**fields, output_type="np", on_progress=self._unless_leaving)
-        if not np.isfinite(out.frames).all():
-            raise InvalidConfig("weights", pipe.spec.name, "the new ones give pictures that hold no numbers; look at the files")
 
     def _unless_leaving(self, progress: Progress) -> None:
         if self._leaving.is_set():

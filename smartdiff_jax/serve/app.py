@@ -74,9 +74,9 @@ async def healthz(service: ServiceOf):
 
 @root.get("/readyz", response_model=Health, tags=["health"])
 async def readyz(service: ServiceOf):
-    """200 when jobs are taken."""
-    if not service.is_ready:
-        raise ServiceError(503, service.failure or "the models are being loaded", code="not_ready", retry_after=2.0)
+    """200 when jobs are run: the models are loaded, and compiled for their default requests."""
+    if (why := service.unready) is not None:
+        raise ServiceError(503, why, code="not_ready", retry_after=2.0)
     return Health(status="ready")
 
 

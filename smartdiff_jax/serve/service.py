@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import EVERYONE, ApiKey, hash_key
 from smartdiff_jax.engine.job import Job
-from smartdiff_jax.errors import SmartdiffError
+from smartdiff_jax.errors import Cancelled, SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
 from smartdiff_jax.serve.schemas import JobView
 from smartdiff_jax.serve.settings import LOOK_SECONDS, Settings
@@ -25,18 +25,24 @@ POLL_SECONDS = 1.0
 
 
 class Service:
-    """One per process. `load` makes the engine, on a thread of its own, so that the service answers while it loads."""
+    """One per process. `load` makes the engine, on a thread of its own, so that the service answers while it loads.
+
+    on_start: called once, on that thread, when jobs are run, or with what it failed by.
+    """
 
     def __init__(self, settings: Settings, load: Callable[[], Any]):
         self.settings = settings
         self._load = load
         self._engine: Any = None
         self._failure: str | None = None
+        self._is_running = False
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.started, self._leaving = threading.Event(), threading.Event()
         self._adopting = threading.Lock()
+        self._cold: list[str] = []
         self.is_leaving: Callable[[], bool] = lambda: False
+        self.on_start: Callable[[Exception | None], object] = lambda failure: None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -47,15 +53,27 @@ class Service:
         try:
             engine = self._load()
             engine.listeners.append(self._changed)
-            self._engine = engine
+            self._cold = list(engine.pipelines)
+            self._engine = engine  # which takes jobs from now on
             self._adopt()
+            for model in engine.warm(self._unless_leaving):
+                self._cold.remove(model)
             engine.start()
+            self._is_running = True
+            self.on_start(None)
         except Exception as error:
+            if self._leaving.is_set():
+                return
             self._failure = str(error)
             if not isinstance(error, SmartdiffError):
                 log.exception("the models could not be loaded")
+            self.on_start(error)
         finally:
             self.started.set()
+
+    def _unless_leaving(self, progress: Any) -> None:
+        if self._leaving.is_set():
+            raise Cancelled("the service is stopping")
 
     def _watch(self) -> None:
         while not self._leaving.wait(LOOK_SECONDS):
@@ -83,8 +101,11 @@ class Service:
         return self._failure
 
     @property
-    def is_ready(self) -> bool:
-        return self._engine is not None and self._engine.is_alive
+    def unready(self) -> str | None:
+        """Why a job would not be run at once, if so."""
+        if self.failure is not None or self._is_running:
+            return self.failure
+        return f"{', '.join(self._cold)}: being warmed; jobs wait" if self._cold else "the models are being loaded"
 
     @property
     def engine(self) -> Any:

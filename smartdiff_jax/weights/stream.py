@@ -72,7 +72,11 @@ def load(
     where: what errors call the checkpoint, for example the component's folder.
     Raises one CheckpointError naming all missing, unexpected and mis-shaped keys before anything is placed.
     """
-    _, state = abstract(architecture, config, dtype, sharding_for)
+    return fill(architecture, abstract(architecture, config, dtype, sharding_for)[1], tensors, where)
+
+
+def fill(architecture: Architecture, state: nnx.State, tensors: Mapping[str, Tensor], where: object) -> nnx.State:
+    """As `load`, for parameters as `abstract` gives them."""
     targets = [(path, variable) for path, variable in nnx.to_flat_state(state)]
     leaves = plan(architecture, {dotted(path): variable.get_value() for path, variable in targets}, tensors, where)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -24,6 +24,7 @@ from smartdiff_jax.errors import Conflict, InvalidConfig
 
 SMALL = dict(prompt="a red fox", size="32x32", num_frames=5, num_inference_steps=4, seed=3)  # the shape other tests compile
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
 def until(condition, seconds=180.0):
@@ -33,11 +34,11 @@ def until(condition, seconds=180.0):
         time.sleep(0.01)
 
 
-def tune(folder, change):
+def tune(folder, change, weights=WEIGHTS):
     """Other weights in the place of those that lie there, put there at once."""
-    tensors = {key: change(value) for key, value in load_file(folder / WEIGHTS).items()}
+    tensors = {key: change(value) for key, value in load_file(folder / weights).items()}
     save_file(tensors, folder / "new.safetensors", metadata={"format": "pt"})
-    (folder / "new.safetensors").rename(folder / WEIGHTS)
+    (folder / "new.safetensors").rename(folder / weights)
 
 
 class Bench:
@@ -108,7 +109,7 @@ def test_new_weights_take_over_between_two_jobs(bench, system, monkeypatch):
     until(lambda: (gc.collect(), old() is None)[1], 10)  # and with it all it held
 
 
-@pytest.mark.parametrize("fault", ["gone", "misfit", "nan", "another"])
+@pytest.mark.parametrize("fault", ["gone", "misfit", "nan", "nan decoder", "another"])
 def test_where_it_fails_the_old_weights_stay(bench, fault):
     before = bench.picture(bench.submit(num_frames=1))
     kept = bench.engine.pipelines["tiny-wan"]
@@ -118,13 +119,15 @@ def test_where_it_fails_the_old_weights_stay(bench, fault):
         tune(bench.folder, lambda value: value[..., :-1].copy())
     elif fault == "nan":
         tune(bench.folder, lambda value: value * np.float32("nan"))
+    elif fault == "nan decoder":
+        tune(bench.folder, lambda value: value * np.float32("nan"), VAE)
     else:
         bench.folder.rename(bench.folder.parent / "other-name")
         bench.folder = bench.folder.parent / "other-name"
     bench.engine.upgrades.begin("tiny-wan")
     until(lambda: bench.state() in ("failed", "done"))
     failed = bench.engine.upgrades.of("tiny-wan")
-    words = {"gone": "transformer", "misfit": "mis-shaped", "nan": "no numbers", "another": "other-name"}[fault]
+    words = {"gone": "transformer", "misfit": "mis-shaped", "another": "other-name"}.get(fault, "no numbers")
     assert failed.state == "failed" and words in failed.error, failed
     assert bench.engine.pipelines["tiny-wan"] is kept
     np.testing.assert_array_equal(bench.picture(bench.submit(num_frames=1)), before)
