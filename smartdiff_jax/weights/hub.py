@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
 
 from smartdiff_jax.errors import CheckpointError
 
@@ -17,6 +16,8 @@ def fetch(repo_id: str, cache_dir: str | Path | None = None) -> Path:
     repo_id: "owner/name" on the hub. cache_dir: None is the hub's own cache.
     Raises CheckpointError with the remedy: no such repository, no access, no network, or another layout.
     """
+    from huggingface_hub import errors  # brings an HTTP client, without which a model that lies here starts sooner
+
     try:
         # The index alone first: a repository of another layout is then refused before gigabytes are fetched.
         for patterns in ([INDEX], WANTED):
