@@ -14,7 +14,8 @@ import typer
 from smartdiff_jax.errors import InvalidConfig, SmartdiffError
 
 if TYPE_CHECKING:
-    from smartdiff_jax.client import Client, JobStatus
+    from smartdiff_jax.client import Client
+    from smartdiff_jax.engine.job import JobStatus
 
 GRACE_SECONDS = 3
 """After SIGTERM, for answers that are under way; jobs are saved, however long they have to go."""

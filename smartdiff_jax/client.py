@@ -9,7 +9,7 @@
 `AsyncClient` is the same with `await`. Neither imports JAX.
 """
 
-import dataclasses
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 
+from smartdiff_jax.engine.job import JobStatus
 from smartdiff_jax.errors import Cancelled, SmartdiffError
 
 URL = "http://127.0.0.1:8000"
@@ -35,47 +36,10 @@ class ServiceError(SmartdiffError):
 class JobFailed(SmartdiffError):
     """A job ended without a result."""
 
-    def __init__(self, job: "JobStatus"):
+    def __init__(self, job: JobStatus):
         self.job = job
         error = job.error or {}
         super().__init__(f"{job.id} failed: {error.get('message', 'no reason given')}")
-
-
-@dataclasses.dataclass(frozen=True)
-class JobStatus:
-    """A job as the service tells it; docs/serving.md says what each field is."""
-
-    id: str
-    model: str
-    state: str
-    stage: str
-    done: int
-    total: int
-    progress: float
-    position: int | None
-    eta_seconds: float | None
-    priority: str
-    params: dict[str, Any]
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    expires_at: float | None
-    device_seconds: float
-    attempts: int
-    preview: str | None
-    thumbnail: str | None
-    files: list[str]
-    error: dict[str, str] | None
-    report: dict[str, Any] | None
-
-    @property
-    def is_final(self) -> bool:
-        return self.state in ("succeeded", "failed", "cancelled")
-
-    @classmethod
-    def read(cls, fields: dict[str, Any]) -> "JobStatus":
-        """A newer service may tell more than this client knows."""
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
 
 
 OnProgress = Callable[[JobStatus], object]
@@ -122,10 +86,8 @@ class Client:
                 if on_progress is not None:
                     on_progress(job)
         except BaseException as error:
-            try:
+            with _noting(error, job.id):
                 self.cancel(job.id)
-            except Exception as another:
-                error.add_note(_not_cancelled(job.id, another))
             raise
         return _ended_well(job)
 
@@ -196,10 +158,8 @@ class AsyncClient:
                 if on_progress is not None:
                     on_progress(job)
         except BaseException as error:
-            try:
+            with _noting(error, job.id):
                 await self.cancel(job.id)
-            except Exception as another:
-                error.add_note(_not_cancelled(job.id, another))
             raise
         return _ended_well(job)
 
@@ -253,8 +213,13 @@ def _check(response: httpx2.Response) -> httpx2.Response:
     raise ServiceError(response.status_code, error["message"], code, param, None if retry_after is None else float(retry_after))
 
 
-def _not_cancelled(job_id: str, why: Exception) -> str:
-    return f"job {job_id} goes on, for it could not be cancelled: {why}"
+@contextlib.contextmanager
+def _noting(stopped_by: BaseException, job_id: str) -> Iterator[None]:
+    """Where the job cannot be cancelled, what stopped it is raised all the same, with a note."""
+    try:
+        yield
+    except Exception as why:
+        stopped_by.add_note(f"job {job_id} goes on, for it could not be cancelled: {why}")
 
 
 def _ended_well(job: JobStatus) -> JobStatus:

@@ -81,5 +81,47 @@ class Job:
         return self.done / self.total if self.stage == "denoise" and self.total else 0.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """A job as its owner sees it: what the service answers, and what the client reads. Times are seconds since the epoch.
+
+    position: how many jobs will be finished before it. eta_seconds: until it is finished, if that can be told.
+    files: URLs of its results. preview: URL of the newest picture on the way.
+    """
+
+    id: str
+    object: Literal["job"] = "job"
+    model: str
+    state: State
+    stage: str
+    done: int
+    total: int
+    progress: float
+    position: int | None
+    eta_seconds: float | None
+    priority: Priority
+    params: dict[str, Any]
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    expires_at: float | None
+    device_seconds: float
+    attempts: int
+    preview: str | None
+    thumbnail: str | None
+    files: list[str]
+    error: dict[str, str] | None
+    report: dict[str, Any] | None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> "JobStatus":
+        """A newer service may tell more than this client knows."""
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+
+
 def new_id() -> str:
     return f"job_{secrets.token_hex(12)}"

@@ -1,5 +1,7 @@
 """/v1/jobs: every user parameter, and a job's whole life."""
 
+import dataclasses
+import json
 import mimetypes
 from collections.abc import AsyncIterator
 from typing import Annotated, Literal
@@ -10,10 +12,10 @@ from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import ApiKey
 from smartdiff_jax.engine.admission import Submission, admit
-from smartdiff_jax.engine.job import Job, State
+from smartdiff_jax.engine.job import Job, JobStatus, State
 from smartdiff_jax.engine.store import IdempotencyConflict, QueueFull
 from smartdiff_jax.serve.errors import ServiceError, not_found
-from smartdiff_jax.serve.schemas import Deleted, JobChange, JobPage, JobRequest, JobView
+from smartdiff_jax.serve.schemas import Deleted, JobChange, JobPage, JobRequest
 from smartdiff_jax.serve.service import Service
 
 router = APIRouter(tags=["jobs"])
@@ -48,7 +50,7 @@ async def submit(service: Service, caller: ApiKey, submission: Submission) -> tu
         raise ServiceError(429, message, code="queue_full", retry_after=retry_after) from None
 
 
-@router.post("/v1/jobs", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
+@router.post("/v1/jobs", status_code=202, response_model=JobStatus, responses={200: {"model": JobStatus}})
 async def create_job(
     body: JobRequest, response: Response, service: ServiceOf, caller: Caller, idempotency_key: IdempotencyKey = None
 ):
@@ -86,12 +88,12 @@ async def page_of(
     return found[:limit], len(found) > limit
 
 
-@router.get("/v1/jobs/{job_id}", response_model=JobView)
+@router.get("/v1/jobs/{job_id}", response_model=JobStatus)
 async def get_job(job_id: str, service: ServiceOf, caller: Caller):
     return service.view(await service.find(caller, job_id))
 
 
-@router.patch("/v1/jobs/{job_id}", response_model=JobView)
+@router.patch("/v1/jobs/{job_id}", response_model=JobStatus)
 async def change_job(job_id: str, body: JobChange, service: ServiceOf, caller: Caller):
     """Another priority, for a job that has not ended."""
     job = await service.find(caller, job_id)
@@ -101,7 +103,7 @@ async def change_job(job_id: str, body: JobChange, service: ServiceOf, caller: C
     return service.view(await service.find(caller, job_id))
 
 
-@router.post("/v1/jobs/{job_id}/cancel", response_model=JobView)
+@router.post("/v1/jobs/{job_id}/cancel", response_model=JobStatus)
 async def cancel_job(job_id: str, service: ServiceOf, caller: Caller):
     """A waiting job ends at once, a running one within a chunk; one that has ended stays as it is."""
     job = await service.find(caller, job_id)
@@ -130,7 +132,7 @@ async def job_events(job_id: str, service: ServiceOf, caller: Caller):
     async def events() -> AsyncIterator[str]:
         last, silent = "", 0
         async for now in service.follow(job):
-            data = service.view(now).model_dump_json()
+            data = json.dumps(dataclasses.asdict(service.view(now)))
             silent = silent + 1 if data == last else 0
             if data != last:
                 yield f"event: job\ndata: {data}\n\n"

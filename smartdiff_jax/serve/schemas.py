@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from smartdiff_jax.config.request import GenerateParams
 from smartdiff_jax.config.service import Limits
-from smartdiff_jax.engine.job import Priority, State, UpgradeState
+from smartdiff_jax.engine.job import JobStatus, Priority, UpgradeState
 
 
 class JobRequest(GenerateParams):
@@ -52,41 +52,9 @@ class JobChange(BaseModel):
     priority: Priority
 
 
-class JobView(BaseModel):
-    """A job as its owner sees it. Times are seconds since the epoch.
-
-    position: how many jobs will be finished before it. eta_seconds: until it is finished, if that can be told.
-    files: URLs of its results. preview: URL of the newest picture on the way.
-    """
-
-    id: str
-    object: Literal["job"] = "job"
-    model: str
-    state: State
-    stage: str
-    done: int
-    total: int
-    progress: float
-    position: int | None
-    eta_seconds: float | None
-    priority: Priority
-    params: dict[str, Any]
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    expires_at: float | None
-    device_seconds: float
-    attempts: int
-    preview: str | None
-    thumbnail: str | None
-    files: list[str]
-    error: dict[str, str] | None
-    report: dict[str, Any] | None
-
-
 class JobPage(BaseModel):
     object: Literal["list"] = "list"
-    data: list[JobView]
+    data: list[JobStatus]
     has_more: bool
     first_id: str | None
     last_id: str | None
@@ -125,6 +93,7 @@ class ImageRequest(BaseModel):
     seed: int | None = None
     sampler: str | None = None
     cache: str | None = None
+    cache_ratio: float | None = None
 
 
 class ImageData(BaseModel):
@@ -163,6 +132,7 @@ class VideoRequest(BaseModel):
     seed: int | None = None
     sampler: str | None = None
     cache: str | None = None
+    cache_ratio: float | None = None
     priority: Priority = "normal"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import logging
 import threading
@@ -12,14 +13,14 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import EVERYONE, ApiKey, hash_key
-from smartdiff_jax.engine.job import Job
+from smartdiff_jax.engine.job import Job, JobStatus
 from smartdiff_jax.errors import Cancelled, SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
-from smartdiff_jax.serve.schemas import JobView
 from smartdiff_jax.serve.settings import LOOK_SECONDS, Settings
 
 log = logging.getLogger("smartdiff")
 
+STATUS = [field.name for field in dataclasses.fields(JobStatus)]
 POLL_SECONDS = 1.0
 """How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
 
@@ -132,11 +133,11 @@ class Service:
             not_found("job" if api is None else api.removesuffix("s"), job_id)
         return job
 
-    def view(self, job: Job) -> JobView:
+    def view(self, job: Job) -> JobStatus:
         job, forecast = self.engine.live(job)
         base = f"/v1/jobs/{job.id}"
         preview = f"{base}/files/preview-{job.previews_made}.webp" if job.previews_made else None
-        fields = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)} | {
+        fields = {name: getattr(job, name) for name in STATUS if hasattr(job, name)} | {
             "progress": round(job.fraction, 4),
             "position": None if forecast is None else forecast.position,
             "eta_seconds": None if forecast is None else round(forecast.seconds, 3),
@@ -144,7 +145,7 @@ class Service:
             "thumbnail": f"{base}/files/thumbnail.webp" if job.state == "succeeded" else None,
             "files": [f"{base}/files/{name}" for name in job.files],
         }
-        return JobView(**fields)
+        return JobStatus(**fields)
 
     def _changed(self, job_id: str) -> None:
         """The engine says so, on one of its threads."""
