@@ -37,7 +37,7 @@ async def generate_images(
         raise InvalidRequest("n", body.n, "a stream holds one picture; leave it out")
     if body.partial_images and not body.stream:
         raise InvalidRequest("partial_images", body.partial_images, "comes with stream=true")
-    names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "shift", "seed", "sampler")
+    names = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "shift", "seed", "sampler", "cache_ratio")
     fields: dict[str, Any] = {name: getattr(body, name) for name in names}
     size = None if body.size == "auto" else body.size
     cache = {} if body.cache is None else {"cache": body.cache}

@@ -119,6 +119,8 @@ def test_one_key_makes_one_job(http):
         ("/v1/images/generations", {"prompt": "a", "partial_images": 1}, "partial_images", "stream"),
         ("/v1/images/generations", {"prompt": "a", "background": "transparent"}, "background", "opaque"),
         ("/v1/images/generations", {"prompt": "a", "sampler": "ddim"}, "sampler", "flow_euler"),
+        ("/v1/images/generations", {"prompt": "a", "cache_ratio": 0.5}, "cache_ratio", 'cache="auto"'),
+        ("/v1/videos", {"prompt": "a", "cache_ratio": "0.5"}, "cache_ratio", 'cache="auto"'),
         ("/v1/videos", {"prompt": "a", "seconds": "nan"}, "seconds", "finite"),
         ("/v1/videos", {"prompt": "a", "num_frames": 6}, "num_frames", "5 or 9"),
         ("/v1/videos", {"prompt": "a", "secnds": "4"}, "secnds", "seconds"),

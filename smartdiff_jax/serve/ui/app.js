@@ -1,7 +1,7 @@
 // The page: a form, the job in progress, the queue, the gallery. No library, no build, nothing fetched from elsewhere.
 
 const $ = (id) => document.getElementById(id);
-const sliders = ["num_frames", "num_inference_steps", "guidance_scale", "num_outputs"];
+const sliders = ["num_frames", "num_inference_steps", "guidance_scale", "num_outputs", "cache_ratio"];
 const state = { models: [], current: null, blobs: new Map() };
 
 function headers(more = {}) {
@@ -64,6 +64,7 @@ function setModel() {
 function readForm() {
   const body = { previews: 6, priority: $("priority").value, model: $("model").value, prompt: $("prompt").value, size: $("size").value };
   for (const id of sliders) if (!$(id).disabled) body[id] = Number($(id).value);
+  if (body.cache_ratio > 0) body.cache = "auto";
   if ($("seed").value !== "") body.seed = Number($("seed").value);
   if ($("negative_prompt").value && !$("negative_prompt").disabled) body.negative_prompt = $("negative_prompt").value;
   return body;
@@ -127,7 +128,7 @@ function fill(job) {
   const params = job.report.params;
   $("model").value = job.model;
   setModel();
-  for (const id of ["prompt", "negative_prompt", "seed", ...sliders]) $(id).value = params[id];
+  for (const id of ["prompt", "negative_prompt", "seed", ...sliders]) $(id).value = params[id] ?? 0;
   $("size").value = `${params.width}x${params.height}`;
   sliders.forEach(showSlider);
   $("prompt").focus();
