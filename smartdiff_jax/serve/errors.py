@@ -10,12 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from smartdiff_jax.engine.artifacts import StorageFailed
 from smartdiff_jax.errors import InvalidField
 
 log = logging.getLogger("smartdiff")
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -86,6 +88,8 @@ def install(app: FastAPI) -> None:
     async def plain(request: Request, error: Any) -> JSONResponse:
         response = JSONResponse(envelope(error.status_code, str(error.detail)), error.status_code)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(_allowed(request))
         return response
 
     async def away(request: Request, error: Any) -> JSONResponse:
@@ -103,6 +107,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(DBAPIError, away)
     app.add_exception_handler(StorageFailed, away)
     app.add_exception_handler(Exception, crashed)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Of all routes at this path; the framework tells those of the first one alone."""
+    scopes = [dict(request.scope) | {"method": method} for method in METHODS]
+    routes = request.app.router.routes
+    return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 def not_found(what: str, name: str) -> NoReturn:

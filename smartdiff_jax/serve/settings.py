@@ -39,7 +39,7 @@ class SettingsFile(Generic[T]):
             log.info("%s is in force as it lies there now", self._path)
         except InvalidConfig as error:
             self.refused = str(error)
-            log.error("what was in force stays: %s", error)
+            log.error("%s is not taken, what was in force stays: %s", self._path, error)
         return True
 
     def _stamp(self) -> tuple[int, ...] | None:

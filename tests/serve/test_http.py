@@ -147,6 +147,7 @@ def test_every_error_has_the_envelope_and_every_answer_its_id(http):
     ]:
         error_of(response, status)
         assert response.headers["x-request-id"].startswith("req_")
+    assert http.put("/v1/jobs").headers["allow"] == "GET, POST"
     assert http.get("/healthz", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert http.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req_")
 
