@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -63,7 +64,9 @@ class Server:
         self.began = time.perf_counter()
         with self.log.open("w") as out:
             command = [sys.executable, "-c", script, "serve", *models, "--port", "0", "--config", str(config)]
-            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
+            # Where Python is told to write no bytecode, every start would parse all of JAX again.
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=environment)
         self.url = ""
         while not self._is_ready():
             if self.process.poll() is not None:
