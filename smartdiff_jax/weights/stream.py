@@ -46,7 +46,7 @@ def abstract(
     dtype: of every float parameter, but for those a key rule keeps in float32.
     sharding_for: dotted path and shape of a parameter to its sharding.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: architecture.build(config, nnx.Rngs(0))))
+    graphdef, variables = _traced(architecture.build, config)
 
     def target(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         value, name = variable.get_value(), dotted(path)
@@ -55,7 +55,14 @@ def abstract(
         sharding = sharding_for(name, value.shape)
         return variable.replace(jax.ShapeDtypeStruct(value.shape, leaf_dtype, sharding=sharding))
 
-    return graphdef, nnx.from_flat_state([(path, target(path, variable)) for path, variable in nnx.to_flat_state(state)])
+    return graphdef, nnx.from_flat_state([(path, target(path, variable)) for path, variable in variables])
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(build: Callable[[Any, nnx.Rngs], nnx.Module], config: Any) -> tuple[nnx.GraphDef, tuple[tuple[Any, Any], ...]]:
+    """A module's structure and its variables by path, in shapes alone: half a second, and a load asks for them twice."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
+    return graphdef, tuple(nnx.to_flat_state(state))
 
 
 def load(
@@ -86,8 +93,8 @@ def fill(architecture: Architecture, state: nnx.State, tensors: Mapping[str, Ten
 
 def check(architecture: Architecture, config: Any, tensors: Mapping[str, Tensor], where: object = "the checkpoint") -> None:
     """Raises the CheckpointError that `load` would raise, from the headers alone."""
-    _, state = nnx.split(nnx.eval_shape(lambda: architecture.build(config, nnx.Rngs(0))))
-    plan(architecture, {dotted(path): v.get_value() for path, v in nnx.to_flat_state(state)}, tensors, where)
+    _, variables = _traced(architecture.build, config)
+    plan(architecture, {dotted(path): v.get_value() for path, v in variables}, tensors, where)
 
 
 def plan(

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from smartdiff_jax.models.family import Architecture, KeyRule, linear
 
 
-class Config(BaseModel):
+class Config(BaseModel, frozen=True):
     width: int = 8
     hidden: int = 16
     num_layers: int = 3
