@@ -19,7 +19,7 @@ def wait(client, job, *states, seconds=300):
     until = time.monotonic() + seconds
     while (now := client.get(job.id)).state not in (states or ("succeeded", "failed", "cancelled")):
         assert time.monotonic() < until, now
-        time.sleep(0.02)
+        time.sleep(0.1)
     return now
 
 
