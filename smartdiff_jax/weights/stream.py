@@ -60,7 +60,7 @@ def abstract(
 
 @functools.lru_cache(maxsize=32)
 def _traced(build: Callable[[Any, nnx.Rngs], nnx.Module], config: Any) -> tuple[nnx.GraphDef, tuple[tuple[Any, Any], ...]]:
-    """A module's structure and its variables by path, in shapes alone: half a second, and a load asks for them twice."""
+    """A module's structure and its variables by path, in shapes alone: half a second that an upgrade need not take again."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
     return graphdef, tuple(nnx.to_flat_state(state))
 
