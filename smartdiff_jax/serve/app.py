@@ -19,7 +19,7 @@ from smartdiff_jax.serve.schemas import Health, ModelList, ModelView, VideoReque
 from smartdiff_jax.serve.service import Service
 from smartdiff_jax.serve.settings import Settings
 
-PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
+PAGE = {"": "index.html", "app.js": "app.js", "compare.js": "compare.js", "style.css": "style.css"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorEnvelope, "description": "The request cannot be served."},
     "5XX": {"model": ErrorEnvelope, "description": "The service cannot serve."},

@@ -1,5 +1,7 @@
 // The page: a form, the job in progress, the queue, the gallery. No library, no build, nothing fetched from elsewhere.
 
+import { compareButton } from "./compare.js";
+
 const $ = (id) => document.getElementById(id);
 const sliders = ["num_frames", "num_inference_steps", "guidance_scale", "num_outputs", "cache_ratio"];
 const state = { models: [], current: null, blobs: new Map() };
@@ -107,20 +109,25 @@ function queueItem(job) {
   return item;
 }
 
-async function galleryItem(job) {
-  const item = document.createElement("li");
-  item.dataset.id = job.id;
+async function media(job) {
   const url = await blobUrl(job.files[0]);
   const film = job.files[0].endsWith(".mp4");
   const picture = document.createElement(film ? "video" : "img");
   picture.src = url;
   if (film) Object.assign(picture, { controls: true, loop: true, muted: true, autoplay: true });
   else picture.alt = job.params.prompt;
+  return picture;
+}
+
+async function galleryItem(job) {
+  const item = document.createElement("li");
+  item.dataset.id = job.id;
+  const picture = await media(job);
   const text = Object.assign(document.createElement("p"), { textContent: job.params.prompt, title: job.params.prompt });
   const again = Object.assign(document.createElement("button"), { type: "button", textContent: `Seed ${job.report.params.seed}` });
   again.title = "Fill the form with these settings";
   again.onclick = () => fill(job);
-  item.append(picture, text, again);
+  item.append(picture, text, again, compareButton(job, media));
   return item;
 }
 
