@@ -4,7 +4,7 @@
     python benchmarks/serve.py --only ready mixed    some of it
 
     ready      seconds from the start of the process until /readyz, with a warm compilation cache
-    overhead   what a job takes over the pipeline's own stages, one at a time; and a POST
+    overhead   what a job takes over its stages (text, denoise, decode, media), one at a time; of which a POST
     burst      1,000 submissions in 10 s, and a status call's p99 meanwhile: each is accepted or 429, none is lost
     mixed      a long clip, then 20 pictures: latencies under the scheduler, and first come first served, in turn
     idle       the share of the time that the device waits between jobs while the queue is full
@@ -104,6 +104,13 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in values.items()}
 
 
+def metric(url: str, name: str) -> float:
+    """One number of /metrics."""
+    found = re.search(rf"^smartdiff_{re.escape(name)} (\S+)$", httpx2.get(f"{url}/metrics").text, re.M)
+    assert found is not None, name
+    return float(found[1])
+
+
 def warm(client: Client) -> None:
     """Every shape that is measured, once."""
     client.generate("a dog", **PICTURE)
@@ -125,8 +132,8 @@ def ready() -> dict[str, Any]:
 def overhead() -> dict[str, Any]:
     with server() as running, Client(running.url) as client:
         warm(client)
-        over, posts = [], []
-        for index in range(30):
+        over, posts, written = [], [], metric(running.url, 'stage_seconds_sum{model="pocket-image",stage="media"}')
+        for index in range(40):
             began = time.perf_counter()
             job = client.submit(f"a dog {index}", **PICTURE)
             posts.append(time.perf_counter() - began)
@@ -135,7 +142,9 @@ def overhead() -> dict[str, Any]:
             waited = time.perf_counter() - began
             assert job.report is not None
             over.append(waited - sum(job.report["seconds"].values()))
-    return {"post_seconds": quantiles(posts), "over_stages_seconds": quantiles(over)}
+        media = (metric(running.url, 'stage_seconds_sum{model="pocket-image",stage="media"}') - written) / len(over)
+    over = [seconds - media for seconds in over]
+    return {"post_seconds": quantiles(posts), "media_seconds": round(media, 4), "over_stages_seconds": quantiles(over)}
 
 
 def burst() -> dict[str, Any]:
@@ -230,19 +239,16 @@ def mixed() -> dict[str, Any]:
 
 
 def idle() -> dict[str, Any]:
-    def busy(url: str) -> float:
-        text = httpx2.get(f"{url}/metrics").text
-        return sum(float(value) for value in re.findall(r"^smartdiff_device_seconds_total\{.*\} (\S+)$", text, re.M))
-
+    busy = 'device_seconds_total{model="pocket-image"}'
     with server() as running, Client(running.url) as client:
         warm(client)
         jobs = [client.submit(f"a dog {index}", **PICTURE).id for index in range(60)]
         while client.get(jobs[4]).state != "succeeded":
             time.sleep(0.05)
-        began, before = time.perf_counter(), busy(running.url)
+        began, before = time.perf_counter(), metric(running.url, busy)
         while client.get(jobs[54]).state != "succeeded":
             time.sleep(0.2)
-        seconds, worked = time.perf_counter() - began, busy(running.url) - before
+        seconds, worked = time.perf_counter() - began, metric(running.url, busy) - before
     return {"seconds": round(seconds, 2), "busy_seconds": round(worked, 2), "idle_share": round(1 - worked / seconds, 4)}
 
 

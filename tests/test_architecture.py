@@ -20,6 +20,7 @@ LAYERS = [
     {"training", "serve", "client"},
     {"cli_mesh", "cli_serve"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
