@@ -15,7 +15,12 @@ from smartdiff_jax.errors import InvalidConfig, SmartdiffError
 
 if TYPE_CHECKING:
     from smartdiff_jax.client import Client
+    from smartdiff_jax.config.service import ServiceConfig
+    from smartdiff_jax.config.system import SystemConfig
     from smartdiff_jax.engine.job import JobStatus
+    from smartdiff_jax.engine.store import JobStore
+
+log = logging.getLogger("smartdiff")
 
 GRACE_SECONDS = 3
 """After SIGTERM, for answers that are under way; jobs are saved, however long they have to go."""
@@ -45,12 +50,10 @@ def serve(
     """Serve models over HTTP: OpenAI's images and videos, jobs that last, and a page to use them from."""
     from smartdiff_jax.config.service import ServiceConfig
     from smartdiff_jax.config.system import SystemConfig
-    from smartdiff_jax.engine.artifacts import Artifacts
     from smartdiff_jax.engine.store import JobStore
 
     began = time.perf_counter()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
-    log = logging.getLogger("smartdiff")
     log.setLevel(logging.INFO)
     system = SystemConfig.create() if config is None else SystemConfig.from_file(config)
     if system.hosts is not None:
@@ -58,12 +61,25 @@ def serve(
     given = {"port": port, "host": host, "store": store, "artifacts": artifacts, "keys": keys}
     changes = {name: value for name, value in given.items() if value is not None}
     service = ServiceConfig.create(**system.service.model_dump() | changes)
-    job_store = JobStore(service.store, ttl=service.keep_hours * 3600)
-    files = Artifacts(service.artifacts)
+    with contextlib.closing(JobStore(service.store, ttl=service.keep_hours * 3600)) as job_store:
+        _run(model or ["pocket-video"], system, service, job_store, config, began)
 
+
+def _run(
+    models: list[str],
+    system: "SystemConfig",
+    service: "ServiceConfig",
+    job_store: "JobStore",
+    config: Path | None,
+    began: float,
+) -> None:
+    """Until it is asked to stop. Raises what the models could not be loaded or warmed by."""
     import uvicorn
 
+    from smartdiff_jax.engine.artifacts import Artifacts
     from smartdiff_jax.serve.app import create_app
+
+    files = Artifacts(service.artifacts)
 
     failures: list[Exception] = []
 
@@ -72,7 +88,7 @@ def serve(
         from smartdiff_jax.engine.pipeline import Pipeline
 
         pipelines, loaders = {}, {}
-        for name in model or ["pocket-video"]:
+        for name in models:
             anew = functools.partial(Pipeline.from_pretrained, name, system=system)
             pipe = anew()
             pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew

@@ -8,7 +8,6 @@ failed     the old ones stay, as if nothing had been asked
 """
 
 import dataclasses
-import gc
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from smartdiff_jax.engine import deliver
+from smartdiff_jax.engine.garbage import settle
 from smartdiff_jax.engine.job import UpgradeState
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.engine.warming import warm
@@ -90,7 +90,7 @@ class Upgrades:
                 warm(pipe, newest, self._unless_leaving)
             self._set(model, state="draining")
             if self._drain(self._engine.replace(model, pipe)):
-                gc.collect()  # weights hang in cycles with the functions that were compiled for them
+                settle()  # weights hang in cycles with the functions that were compiled for them
                 self._set(model, state="done", ended_at=time.time())
                 log.info("%s: new weights serve, the old are freed", model)
         except Exception as error:
@@ -100,7 +100,7 @@ class Upgrades:
             message = told["message"] if known else f"{type(error).__name__}: {error}"
             self._set(model, state="failed", error=message, ended_at=time.time())
             pipe = None
-            gc.collect()
+            settle()
 
     def _set(self, model: str, **changes) -> None:
         self._newest[model] = dataclasses.replace(self._newest[model], **changes)

@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import hmac
 import logging
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,6 +15,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import EVERYONE, ApiKey, hash_key
+from smartdiff_jax.engine.garbage import settle
 from smartdiff_jax.engine.job import Job, JobStatus
 from smartdiff_jax.errors import Cancelled, SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
@@ -21,8 +24,18 @@ from smartdiff_jax.serve.settings import LOOK_SECONDS, Settings
 log = logging.getLogger("smartdiff")
 
 STATUS = [field.name for field in dataclasses.fields(JobStatus)]
+NICE = 10
 POLL_SECONDS = 1.0
 """How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
+
+
+def _give_way() -> None:
+    """This thread and those that it starts, XLA's among them, compute while no request wants the processor.
+
+    Where a CPU is the device, requests waited for seconds under load without it (docs/serving.md).
+    """
+    if sys.platform == "linux":  # elsewhere only whole processes have a priority
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 class Service:
@@ -51,6 +64,7 @@ class Service:
             threading.Thread(target=body, name=name, daemon=True).start()
 
     def _start(self) -> None:
+        _give_way()
         try:
             engine = self._load()
             engine.listeners.append(self._changed)
@@ -59,6 +73,7 @@ class Service:
             self._adopt()
             for model in engine.warm(self._unless_leaving):
                 self._cold.remove(model)
+            settle()
             engine.start()
             self._is_running = True
             self.on_start(None)

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import httpx2
@@ -12,6 +13,7 @@ import pytest
 import running
 from running import CLIP, COMMAND, SMALL
 
+from smartdiff_jax import cli
 from smartdiff_jax.client import ServiceError
 
 
@@ -37,6 +39,7 @@ def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server
             time.sleep(0.01)
         behind = [client.submit("a dog", **picture | dict(seed=seed)) for seed in range(3)]
         assert first.kill(number) is not None
+    first.outlive_leases()
     second = running.start(model, config, tmp_path)
     with second.client() as client, server.client() as undisturbed:
         ended = [wait(client, each) for each in (job, *behind)]
@@ -123,10 +126,7 @@ def change_while_it_serves(server, keys, ann, bob):
     "arguments, words",
     [
         (["--host", "0.0.0.0"], "host='0.0.0.0': others can reach this address: give --keys"),
-        (["--store", "nonsense"], "store='nonsense'"),
-        (["--artifacts", "/proc/none"], "artifacts='/proc/none'"),
         (["--model", "no-such-model"], "model='no-such-model'"),
-        (["--keys", "none.yaml"], "keys='none.yaml'"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path, arguments, words):
@@ -134,6 +134,17 @@ def test_what_cannot_be_served_is_one_line_and_exit_code_2(tmp_path, arguments, 
         [*COMMAND, "serve", "--port", "0", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("option, value", [("store", "nonsense"), ("artifacts", "/proc/none"), ("keys", "none.yaml")])
+def test_other_options_that_cannot_be_served(tmp_path, monkeypatch, capsys, option, value):
+    """As above, without a process for each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["smartdiff", "serve", "--port", "0", f"--{option}", value])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{option}='{value}'" in told and "Traceback" not in told, told
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
