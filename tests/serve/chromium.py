@@ -19,18 +19,12 @@ class Page:
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
 
-        def as_three_and_four():
-            # Both may be 3 or 4 already: move them out of the way first.
-            one, other = os.dup(to_read), os.dup(to_write)
-            high = [os.dup(fd) for fd in (one, other)]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
         command = [PATH, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                    f"--user-data-dir={self._profile}", "--disable-background-networking", "about:blank"]  # fmt: skip
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=as_three_and_four
-        )
+        # A shell puts the pipes' ends where they are looked for, 3 and 4: Python would have to fork for it, which JAX forbids.
+        placed = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", *command]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(placed, pass_fds=(to_read, to_write), **quiet)
         os.close(to_read), os.close(to_write)
         self._unread, self._number, self._session = b"", 0, None
         self.errors, self.requests = [], []
