@@ -71,11 +71,13 @@ class Process:
 
 
 def ask(servers: list[Process], method: str, path: str, **options: Any) -> httpx2.Response | None:
-    """By any that answers."""
+    """By any that answers and is not starting still (503)."""
     for server in random.sample(servers, len(servers)):
         if url := server.find():
             with contextlib.suppress(httpx2.TransportError):
-                return httpx2.request(method, f"{url}{path}", timeout=20, **options)
+                answer = httpx2.request(method, f"{url}{path}", timeout=20, **options)
+                if answer.status_code != 503:
+                    return answer
     return None
 
 
@@ -113,7 +115,9 @@ def wait_for(servers: list[Process], accepted: Iterable[str]) -> dict[str, dict[
 
 
 def has_bytes(servers: list[Process], job: dict[str, Any], expected: str) -> bool:
-    file = ask(servers, "GET", job["files"][0]) if job["state"] == "succeeded" else None
+    file = None
+    while job["state"] == "succeeded" and (file := ask(servers, "GET", job["files"][0])) is None:
+        time.sleep(0.5)
     return file is not None and hashlib.sha256(file.content).hexdigest() == expected
 
 
@@ -123,7 +127,7 @@ def list_all(servers: list[Process]) -> list[dict[str, Any]]:
     while True:
         after = {"after": found[-1]["id"]} if found else {}
         page = ask(servers, "GET", "/v1/jobs", params={"limit": 100} | after)
-        if page is None or page.status_code == 503:  # all are starting
+        if page is None:
             time.sleep(0.5)
             continue
         found += page.json()["data"]

@@ -19,8 +19,8 @@ class Page:
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
 
-        command = [PATH, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                   f"--user-data-dir={self._profile}", "--disable-background-networking", "about:blank"]  # fmt: skip
+        flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking remote-debugging-pipe"
+        command = [PATH, *(f"--{option}" for option in flags.split()), f"--user-data-dir={self._profile}", "about:blank"]
         # A shell puts the pipes' ends where they are looked for, 3 and 4: Python would have to fork for it, which JAX forbids.
         placed = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", *command]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
