@@ -14,9 +14,7 @@ import collections
 import contextlib
 import hashlib
 import random
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import stamp, write  # noqa: E402
+from benchmarks.servers import address, launch  # noqa: E402
 
 MODELS = "pocket-image", "pocket-video"
 PICTURE = dict(model="pocket-image", prompt="a dog", num_inference_steps=4, output_format="png")
@@ -52,17 +51,12 @@ class Process:
 
     def start(self) -> None:
         self.log = self.folder / f"log-{self.number}.txt"
-        models = [word for model in MODELS for word in ("--model", model)]
-        code = "from smartdiff_jax.cli import main; main()"
-        command = [sys.executable, "-c", code, "serve", *models, "--port", "0", "--config", "service.yaml"]
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(command, cwd=self.folder, stdout=out, stderr=out)
+        self.process = launch(self.folder, self.log, MODELS)
         self.url = ""
 
     def find(self) -> str:
         """Where it listens; empty while it does not yet."""
-        if not self.url and (found := re.search(r"listening on (\S+)", self.log.read_text())):
-            self.url = found[1]
+        self.url = self.url or address(self.log)
         return self.url
 
     def end(self, number: signal.Signals) -> None:

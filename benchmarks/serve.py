@@ -1,6 +1,6 @@
 """The service as its users meet it: real `smartdiff serve` processes on this machine's CPU, the bundled models, HTTP.
 
-    python benchmarks/serve.py                       all of it, about ten minutes on two cores
+    python benchmarks/serve.py                       all of it, about seven minutes on two cores
     python benchmarks/serve.py --only ready mixed    some of it
 
     ready      seconds from the start of the process until /readyz; from the second start on with a warm compilation cache
@@ -16,10 +16,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import result_file, stamp, write  # noqa: E402
+from benchmarks.servers import address, launch  # noqa: E402
 from smartdiff_jax.client import AsyncClient, Client, JobStatus  # noqa: E402
 
 FIFO = """
@@ -56,17 +55,10 @@ class Server:
     """One process with its own store and files; `url` once it listens."""
 
     def __init__(self, folder: Path, fifo: bool, models: Sequence[str]):
-        config = folder / "service.yaml"
-        config.write_text(QUEUE)
-        script = (FIFO if fifo else "") + "from smartdiff_jax.cli import main; main()"
-        options = [word for model in models for word in ("--model", model)]
+        (folder / "service.yaml").write_text(QUEUE)
         self.log = folder / "log.txt"
         self.began = time.perf_counter()
-        with self.log.open("w") as out:
-            command = [sys.executable, "-c", script, "serve", *options, "--port", "0", "--config", str(config)]
-            # Where Python is told to write no bytecode, every start would parse all of JAX again.
-            environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=environment)
+        self.process = launch(folder, self.log, models, before=FIFO if fifo else "")
         self.url = ""
         while not self._is_ready():
             if self.process.poll() is not None:
@@ -75,11 +67,9 @@ class Server:
         self.ready_seconds = time.perf_counter() - self.began
 
     def _is_ready(self) -> bool:
+        self.url = self.url or address(self.log)
         if not self.url:
-            found = re.search(r"listening on (\S+)", self.log.read_text())
-            if found is None:
-                return False
-            self.url = found[1]
+            return False
         with contextlib.suppress(httpx2.TransportError):
             return httpx2.get(f"{self.url}/readyz").status_code == 200
         return False

@@ -1,7 +1,6 @@
 """Python's collector of cycles in a long-running process: all threads wait while it looks through what there is.
 
-A full pass over what JAX, compiled programs and a service keep takes hundreds of milliseconds, and under load there is one
-every few hundred requests. What is there once models are warm stays: it is set aside, and later passes are short.
+A full pass takes 0.2 s where one bundled model is warm. What is there by then stays: it is set aside, later passes are short.
 """
 
 import gc

@@ -1,6 +1,7 @@
 """Chromium without a window, driven over its debugging pipe: JSON messages that end with a zero byte."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -11,13 +12,21 @@ import time
 PATH = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def _pipe():
+    """Both ends above 9, out of the way of those that the shell below makes."""
+    ends = os.pipe()
+    moved = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return moved
+
+
 class Page:
     """One page. errors: what it wrote to its console as errors, and what it threw. requests: all URLs it asked for."""
 
     def __init__(self, url, width=1100, height=1200):
         self._profile = tempfile.mkdtemp()
-        to_read, self._to = os.pipe()
-        self._from, to_write = os.pipe()
+        (to_read, self._to), (self._from, to_write) = _pipe(), _pipe()
 
         flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-background-networking remote-debugging-pipe"
         command = [PATH, *(f"--{option}" for option in flags.split()), f"--user-data-dir={self._profile}", "about:blank"]
