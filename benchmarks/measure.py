@@ -44,6 +44,15 @@ def time_call(fn: Callable, *args, warmup: int = 2, repeats: int = 7) -> dict[st
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
+def time_calls(fn: Callable, *args, seconds: float = 0.05, repeats: int = 7) -> dict[str, float]:
+    """Like `time_call`, of calls in a row that are waited for together: for kernels that are shorter than their start."""
+
+    once = time_call(fn, *args, repeats=3)["median"]
+    calls = max(1, min(500, round(seconds / once)))
+    found = time_call(lambda *args: [fn(*args) for _ in range(calls)][-1], *args, warmup=1, repeats=repeats)
+    return {name: value / calls for name, value in found.items()} | {"calls": calls}
+
+
 def stamp(commit: str | None = None) -> dict:
     """Device, versions, commit and time. `commit` is for a copy of the tree without its history."""
     import jax

@@ -3,10 +3,12 @@
 from smartdiff_jax.errors import Unsupported
 from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.kernels.cudnn import cudnn_attention
+from smartdiff_jax.kernels.pallas_flash import pallas_flash_attention
+from smartdiff_jax.kernels.pallas_sage import pallas_sage_attention
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.registry import Registry
 
-PREFERENCE = ("cudnn", "xla")
+PREFERENCE = ("pallas_flash", "cudnn", "xla")
 """What `attention: auto` tries for each shape, best first."""
 
 
@@ -22,5 +24,12 @@ def auto_attention(q, k, v, *, kv_length=None, scale=None, with_lse=False):
 
 
 ATTENTION: Registry[AttentionFn] = Registry(
-    "attention", {"auto": auto_attention, "cudnn": cudnn_attention, "xla": xla_attention}
+    "attention",
+    {
+        "auto": auto_attention,
+        "pallas_flash": pallas_flash_attention,
+        "pallas_sage": pallas_sage_attention,
+        "cudnn": cudnn_attention,
+        "xla": xla_attention,
+    },
 )

@@ -1,0 +1,201 @@
+"""Every attention kernel on the shapes of workloads.py: TFLOP/s, error against float64, memory; and a check of all of them.
+
+    python benchmarks/attention.py            on a GPU; FlashAttention-3 beside it where torch and fa3-fwd are installed
+    python benchmarks/attention.py --check    errors at odd lengths, batches, outliers; exits with 1 where a bound is broken
+    python benchmarks/attention.py --tiny     anywhere, to see that it runs
+
+`smartdiff bench attention` is the same. Time is that of calls in a row, of which the device is the slower part; that of
+8-bit kernels includes the making of 8 bits. Prints a table and writes benchmarks/results/attention-<device>.json.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax import Array  # noqa: E402
+
+from benchmarks.measure import child, stamp, time_calls, write  # noqa: E402
+from benchmarks.workloads import ATTENTION_SHAPES, TINY_SHAPES, AttentionShape  # noqa: E402
+from smartdiff_jax.errors import Unsupported  # noqa: E402
+from smartdiff_jax.kernels import ATTENTION  # noqa: E402
+from smartdiff_jax.kernels.base import AttentionFn  # noqa: E402
+
+PEER = ROOT / "benchmarks" / "peers" / "fa3_attention.py"
+CHECKED_QUERIES, CHECKED_HEADS = 256, 2
+"""Of the result, what is held against float64: the first and the last queries of some heads."""
+
+LENGTHS = (1, 63, 64, 65, 4_095, 9_450, 32_760)
+EIGHT_BITS = ("pallas_sage",)
+LSE_BOUND = 1e-3
+COSINE_BOUND = 0.999
+"""Of 8-bit kernels, on random numbers, where weights and values both keep three bits of mantissa: 0.9993."""
+
+
+def draw(shape: AttentionShape, seed: int = 0, outliers: float = 0.0) -> list[Array]:
+    """q, k, v in bfloat16, drawn in float32: JAX draws bfloat16 from some 200 numbers. outliers: a mean of k."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sizes = (shape.queries, shape.keys, shape.keys)
+    q, k, v = (
+        jax.random.normal(key, (shape.batch, size, shape.heads, shape.head_dim))
+        for key, size in zip(keys[:3], sizes, strict=True)
+    )
+    k = k + outliers * (jax.random.uniform(keys[3], (shape.head_dim,)) < 0.05)
+    return [x.astype(jnp.bfloat16) for x in (q, k, v)]
+
+
+def exact(q: Array, k: Array, v: Array, lengths: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Of CHECKED queries and heads: out and lse in float64."""
+    with jax.enable_x64(True):
+        q, k, v = (x[:, :, :CHECKED_HEADS].astype(jnp.float64) for x in (_ends(q), k, v))
+        logits = jnp.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
+        logits = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None], logits, -jnp.inf)
+        out = jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v)
+        return np.asarray(out), np.asarray(jax.nn.logsumexp(logits, axis=-1))
+
+
+def _ends(x: Array) -> Array:
+    """The first and last queries: the last are in the block that may not be full."""
+    half = CHECKED_QUERIES // 2
+    return x if x.shape[1] <= CHECKED_QUERIES else jnp.concatenate([x[:, :half], x[:, -half:]], axis=1)
+
+
+def errors(out: Array, lse: Array | None, true: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Relative error (norms), relative L1, cosine, and the largest error of lse."""
+    x, y = np.asarray(_ends(out)[:, :, :CHECKED_HEADS], np.float64), true[0]
+    found = {
+        "relative": float(np.linalg.norm(x - y) / np.linalg.norm(y)),
+        "l1": float(np.abs(x - y).sum() / np.abs(y).sum()),
+        "cosine": float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)),
+    }
+    if lse is not None:
+        ends = jnp.moveaxis(_ends(jnp.moveaxis(lse, 2, 1)), 1, 2)[:, :CHECKED_HEADS]
+        found["lse"] = float(np.abs(np.asarray(ends, np.float64) - true[1]).max())
+    return found
+
+
+def kernels(names: Sequence[str]) -> dict[str, AttentionFn]:
+    return {name: ATTENTION[name] for name in names or [name for name in ATTENTION if name != "auto"]}
+
+
+def measure(shape: AttentionShape, names: Sequence[str]) -> dict[str, dict]:
+    """Of every kernel: seconds of a call, TFLOP/s, errors, bytes besides its arguments; or why it does not serve."""
+    q, k, v = draw(shape)
+    lengths = jnp.full((shape.batch,), shape.keys, jnp.int32)
+    true = exact(q, k, v, lengths)
+    found = {}
+    for name, kernel in kernels(names).items():
+        if name == "xla" and shape.flops > 2e13:
+            continue  # half a minute, to learn nothing
+        try:
+            compiled = jax.jit(lambda q, k, v, kernel=kernel: kernel(q, k, v)[0]).lower(q, k, v).compile()
+        except Unsupported as error:
+            found[name] = {"unsupported": str(error)}
+            continue
+        row = errors(compiled(q, k, v), None, true)
+        seconds = time_calls(compiled, q, k, v)
+        memory = compiled.memory_analysis()
+        found[name] = {
+            "seconds": seconds,
+            "tflops": shape.flops / seconds["median"] / 1e12,
+            "temporary_mb": memory.temp_size_in_bytes / 2**20 if memory else None,
+            **row,
+        }
+    return found
+
+
+def check(names: Sequence[str], lengths: Sequence[int], heads: int = 3) -> tuple[list[dict], list[str]]:
+    """Every kernel on fresh numbers, at odd lengths, in batches of one and two with ragged keys, with outliers in the keys."""
+    rows, broken = [], []
+    for seed, queries in enumerate(lengths):
+        for batch, head_dim, outliers in ((1, 128, 0.0), (2, 64, 0.0), (1, 128, 20.0)):
+            keys = lengths[(seed + batch) % len(lengths)]
+            shape = AttentionShape("check", queries, keys, heads, head_dim, batch)
+            q, k, v = draw(shape, seed, outliers)
+            ragged = jnp.array([keys, max(keys - 37, 1)][:batch], jnp.int32)
+            true = exact(q, k, v, ragged)
+            for name, kernel in kernels(names).items():
+                try:
+                    run = jax.jit(lambda q, k, v, n, kernel=kernel: kernel(q, k, v, kv_length=n, with_lse=True))
+                    poison = [jnp.full((64, 2**20), jnp.nan) for _ in range(2)]
+                    jax.block_until_ready(poison)
+                    del poison  # results are written over it: what is left unwritten shows
+                    row = errors(*run(q, k, v, ragged), true)
+                except Unsupported as error:
+                    row = {"unsupported": str(error)}
+                where = {"queries": queries, "keys": keys, "batch": batch, "head_dim": head_dim, "outliers": outliers}
+                rows.append({"kernel": name, **where, **row})
+        broken += _broken(rows[-3 * len(kernels(names)) :])
+    return rows, broken
+
+
+def _broken(rows: Sequence[dict]) -> list[str]:
+    """bfloat16: at most 1.2 times cuDNN's error. 8 bits: COSINE_BOUND. Both: LSE_BOUND, 8 bits ten times it."""
+    at = lambda row: tuple(row[name] for name in ("queries", "keys", "batch", "outliers"))  # noqa: E731
+    best = {at(row): row["relative"] for row in rows if row["kernel"] == "cudnn" and "relative" in row}
+    broken = []
+    for row in rows:
+        if "unsupported" in row:
+            continue
+        eight = row["kernel"] in EIGHT_BITS
+        right = row["lse"] <= LSE_BOUND * (10 if eight else 1)
+        right &= row["cosine"] >= COSINE_BOUND if eight else row["relative"] <= 1.2 * best.get(at(row), 0.004)
+        if not right:
+            broken.append(str(row))
+    return broken
+
+
+def show(shape: AttentionShape, found: dict[str, dict]) -> None:
+    print(f"\n{shape.name}: {shape.batch} x {shape.queries} x {shape.keys}, {shape.heads} heads of {shape.head_dim}")
+    for name, row in found.items():
+        if "unsupported" in row:
+            print(f"  {name:14} {row['unsupported']}")
+            continue
+        print(
+            f"  {name:14} {row['seconds']['median'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  error {row['relative']:.1e}"
+            f"  L1 {row['l1']:.4f}  cosine {row['cosine']:.6f}  {row['temporary_mb'] or 0:.0f} MiB besides",
+            flush=True,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", action="append", default=[], choices=[*ATTENTION], help="of these alone")
+    parser.add_argument("--check", action="store_true", help="errors at odd lengths in the place of speed")
+    parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written")
+    parser.add_argument("--commit", help="of a copy of the tree without its history")
+    options = parser.parse_args(arguments)
+    if options.check:
+        rows, broken = check(options.kernel, LENGTHS[:3] if options.tiny else LENGTHS)
+        for name in sorted({row["kernel"] for row in rows}):
+            served = [row for row in rows if row["kernel"] == name and "unsupported" not in row]
+            worst = {key: max(row[key] for row in served) for key in ("relative", "l1", "lse")} if served else {}
+            least = f"least cosine {min(row['cosine'] for row in served):.6f}" if served else "serves nothing here"
+            print(f"{name:14} {len(served):3} cases  " + "  ".join(f"{k} {v:.1e}" for k, v in worst.items()), least)
+        if not options.tiny:
+            write("attention-check", {"stamp": stamp(options.commit), "rows": rows, "broken": broken})
+        if broken:
+            raise SystemExit("out of bounds:\n" + "\n".join(broken))
+        return
+    shapes = TINY_SHAPES if options.tiny else ATTENTION_SHAPES
+    peers = {} if options.tiny else child([str(PEER)])
+    results = {"stamp": stamp(options.commit), "peers": peers, "shapes": {}}
+    for shape in shapes:
+        results["shapes"][shape.name] = measure(shape, options.kernel)
+        show(shape, results["shapes"][shape.name])
+        for name, row in peers.get(shape.name, {}).items():
+            print(f"  {name:14} {row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  peer")
+        if not options.tiny:
+            write("attention", results)
+    if "error" in peers:
+        print("\nno peer:", peers["error"].strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What the kernels for Hopper GPUs need of a call, and how its arrays are brought into shape for them."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from smartdiff_jax.errors import Unsupported
+
+HEAD_DIMS = (64, 128)
+
+
+def require_hopper(kernel: str, q: Shaped[Array, "b s h d"]) -> None:
+    """Raises `Unsupported` unless q is half precision with a head dim of HEAD_DIMS, the device a Hopper GPU and JAX 0.11."""
+    if jax.__version_info__ < (0, 11):
+        raise Unsupported(f"{kernel} needs JAX 0.11 or newer, this is {jax.__version__}")
+    capability = getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
+    if capability is None or not str(capability).startswith("9."):
+        raise Unsupported(f"{kernel} needs a Hopper GPU (compute capability 9.0), not {jax.devices()[0].device_kind}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"{kernel} needs bfloat16 or float16, not {q.dtype}")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise Unsupported(f"{kernel} needs a head dim of {' or '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}")
+
+
+def pad_tokens(x: Shaped[Array, "b n h d"], multiple: int = 8) -> Shaped[Array, "b m h d"]:
+    """Tokens up to a multiple: the copy engine's tiles are 8 rows high. What is padding is never counted."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def cluster_size(queries: int) -> int:
+    """Blocks of 128 queries that fetch keys and values together: two wherever there are two."""
+    return 2 if queries > 128 else 1
