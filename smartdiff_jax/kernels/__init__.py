@@ -8,14 +8,16 @@ from smartdiff_jax.kernels.pallas_sage import pallas_sage_attention
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.registry import Registry
 
-PREFERENCE = ("pallas_flash", "cudnn", "xla")
-"""What `attention: auto` tries for each shape, best first."""
+PREFERENCE = {"pallas_flash": 1024, "cudnn": 0, "xla": 0}
+"""What `attention: auto` tries for each shape, best first, and from how many keys on: with few, cuDNN is the faster one."""
 
 
 def auto_attention(q, k, v, *, kv_length=None, scale=None, with_lse=False):
     """The first kernel of PREFERENCE that serves the call."""
     reasons = []
-    for name in PREFERENCE:
+    for name, least_keys in PREFERENCE.items():
+        if k.shape[1] < least_keys:
+            continue
         try:
             return ATTENTION[name](q, k, v, kv_length=kv_length, scale=scale, with_lse=with_lse)
         except Unsupported as error:

@@ -25,8 +25,8 @@ def pallas_sage_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = jnp.full(q.shape[0], keys, jnp.int32) if kv_length is None else kv_length
     counted = lengths if keys % 8 and kv_length is None else kv_length
-    padded = [pad_tokens(x) for x in (q, k, v)]
-    x = quantize(*padded, counted, scale=factor, block=BLOCK, order=PERMUTATION)
+    q_padded, k_padded, v_padded = (pad_tokens(x) for x in (q, k, v))
+    x = quantize(q_padded, k_padded, v_padded, counted, scale=factor, block=BLOCK, order=PERMUTATION)
     out, lse = sage(x, lengths, dtype=q.dtype, with_lse=with_lse, cluster=cluster_size(queries))
     if lse is not None:
         lse = lse[..., :queries] + factor * jnp.einsum("bshd,bhd->bhs", q.astype(jnp.float32), x.shared)

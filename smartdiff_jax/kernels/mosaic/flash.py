@@ -7,7 +7,6 @@ with its values is issued behind the scores of the next block, and both run whil
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -28,6 +27,7 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     fold,
     freed,
     launch,
+    plgpu,
     rows,
     swizzled,
 )

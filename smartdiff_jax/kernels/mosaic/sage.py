@@ -7,7 +7,6 @@ scores of one block and the values of the block before it; then the other warpgr
 import math
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -28,6 +27,7 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     fold,
     freed,
     launch,
+    plgpu,
     rows,
     swizzled,
     to_fp8,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -17,6 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
+
+plgpu: Any = mosaic_gpu
+"""Its types say less than it takes."""
 
 ROWS = 64
 """Queries of a warpgroup: the rows of a wgmma instruction."""

@@ -1,0 +1,169 @@
+"""The Pallas kernels for Hopper as far as a CPU can tell: the interpreter runs the exact one, both lower for sm90, and 8 bits
+lose what 8 bits lose. On a GPU `benchmarks/attention.py --check` runs the kernels themselves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AbstractMesh
+
+from smartdiff_jax.errors import Unsupported
+from smartdiff_jax.kernels import ATTENTION, PREFERENCE, auto_attention, hopper, pallas_flash, pallas_sage
+from smartdiff_jax.kernels.quantize import FP8_MAX, quantize
+
+needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+
+
+def draw(b, s, t, h, d, outliers=0.0):
+    keys = jax.random.split(jax.random.key(s + t), 4)
+    q, k, v = (jax.random.normal(key, (b, n, h, d)) for key, n in zip(keys[:3], (s, t, t), strict=True))
+    k = k + outliers * (jax.random.uniform(keys[3], (d,)) < 0.05)
+    return [x.astype(jnp.bfloat16) for x in (q, k, v)]
+
+
+def exact(q, k, v, lengths):
+    """float64, in NumPy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
+    logits = np.where((np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None], logits, -np.inf)
+    top = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("bhst,bthd->bshd", weights / total, v), (top + np.log(total))[..., 0]
+
+
+@needs_jax_011
+@pytest.mark.parametrize(
+    "s, t, lengths, d, cluster",
+    [
+        (64, 64, [64], 128, 1),  # one block, half a tile
+        (104, 304, [250], 128, 1),  # a masked block and a full one
+        (136, 600, [457], 64, 2),  # two blocks of queries fetch together; the second has a tile behind the end
+        (8, 400, [400, 8], 64, 1),  # a batch of two, of which one ends in the first block
+    ],
+)
+def test_the_interpreter_agrees_with_float64(s, t, lengths, d, cluster):
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from smartdiff_jax.kernels.mosaic.flash import flash
+
+    q, k, v = draw(len(lengths), s, t, 1, d)
+    counted = jnp.array(lengths, jnp.int32)
+    run = functools.partial(flash, scale=d**-0.5, with_lse=True, cluster=cluster, interpret=plgpu.InterpretGPUParams())
+    out, lse = run(q, k, v, counted)
+    true, true_lse = exact(q, k, v, lengths)
+    assert lse is not None
+    # bfloat16 keeps 8 bits of a weight and 8 of the result: 2**-9 each, relative to the largest
+    np.testing.assert_allclose(np.asarray(out, np.float64), true, atol=2**-8 * np.abs(true).max())
+    np.testing.assert_allclose(lse, true_lse, atol=1e-5)
+
+
+@needs_jax_011
+def test_no_key_that_counts_is_nothing_and_not_nan():
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    from smartdiff_jax.kernels.mosaic.flash import flash
+
+    q, k, v = draw(1, 8, 8, 1, 64)
+    interpret = plgpu.InterpretGPUParams()
+    out, lse = flash(q, k, v, jnp.zeros(1, jnp.int32), scale=1.0, with_lse=True, cluster=1, interpret=interpret)
+    assert lse is not None and not np.asarray(out, np.float32).any() and np.isneginf(lse).all()
+
+
+@needs_jax_011
+@pytest.mark.parametrize("name", ["pallas_flash", "pallas_sage"])
+@pytest.mark.parametrize("d, t, lengths", [(64, 1, False), (128, 1003, True)])
+def test_it_lowers_for_hopper(monkeypatch, name, d, t, lengths):
+    """Layouts, dtypes and shared memory are what the hardware takes; what ptxas says only a GPU tells."""
+    from jax.sharding import AbstractDevice
+
+    for module in (pallas_flash, pallas_sage):
+        monkeypatch.setattr(module, "require_hopper", lambda *_: None)
+    hopper = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    q, k = (jax.ShapeDtypeStruct((2, n, 3, d), jnp.bfloat16) for n in (1000, t))
+    counted = jax.ShapeDtypeStruct((2,), jnp.int32) if lengths else None
+
+    def attend(q, k, v, n):
+        return ATTENTION[name](q, k, v, kv_length=n, with_lse=True)
+
+    unchecked = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=hopper)):
+        lowered = export.export(jax.jit(attend), platforms=["cuda"], disabled_checks=unchecked)(q, k, k, counted)
+    assert "mosaic_gpu_v2" in lowered.mlir_module()
+    assert [out.shape for out in lowered.out_avals] == [(2, 1000, 3, d), (2, 3, 1000)]
+
+
+@pytest.mark.parametrize("outliers", [0.0, 20.0])
+@pytest.mark.parametrize("lengths", [None, [700, 433]])
+def test_8_bits_lose_what_8_bits_lose(outliers, lengths):
+    """The arithmetic of the 8-bit kernel in NumPy: what it multiplies, against float64. Keys' outliers cost nothing."""
+    order = np.random.default_rng(0).permutation(16)
+    q, k, v = draw(2, 64, 704, 2, 64, outliers)
+    counted = None if lengths is None else jnp.array(lengths, jnp.int32)
+    x = quantize(q, k, v, counted, scale=0.125, block=192, order=order)
+    assert x.k8.dtype == jnp.int8 and x.v8.dtype == jnp.float8_e4m3fn and x.v8.shape == (2, 2, 64, 704)
+    scores = np.einsum("bshd,bthd->bhst", np.asarray(x.q8, np.float64), np.asarray(x.k8, np.float64))
+    assert np.abs(scores).max() < 2**22  # which the kernel relies on
+    logits = scores * np.asarray(x.q_scale)[..., None] * np.repeat(x.k_scale, 192, axis=-1)[:, :, None, :704]
+    counts = np.arange(704) < np.asarray(lengths or [704, 704])[:, None]
+    logits = np.where(counts[:, None, None], logits, -np.inf)
+    weights = np.exp2(logits - logits.max(-1, keepdims=True)) * FP8_MAX
+    rounded = np.asarray(jnp.asarray(weights, jnp.float8_e4m3fn), np.float64)
+    values = np.asarray(x.v8, np.float64).reshape(2, 2, 64, -1, 16)[..., np.argsort(order)].reshape(2, 2, 64, -1)
+    out = np.einsum("bhst,bhdt->bshd", rounded, values * np.asarray(x.v_scale)[..., None])
+    out /= np.moveaxis(weights.sum(-1), 1, 2)[..., None]
+    true, true_lse = exact(q, k, v, lengths or [704, 704])
+    # weights and values have four bits each, of random signs: 2**-4 / sqrt(3) / 1.4 each
+    assert np.linalg.norm(out - true) / np.linalg.norm(true) < 0.042
+    lse = np.log(weights.sum(-1) / FP8_MAX) + logits.max(-1) * np.log(2)
+    lse += 0.125 * np.einsum("bshd,bhd->bhs", np.asarray(q, np.float64), np.asarray(x.shared, np.float64))
+    assert np.abs(lse - true_lse).max() < 0.02
+
+
+Q = jnp.ones((2, 5, 3, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["pallas_flash", "pallas_sage"])
+@pytest.mark.parametrize(
+    "q, words",
+    [(Q.astype(jnp.float32), "not float32"), (jnp.ones((1, 5, 3, 96), jnp.bfloat16), "64 or 128, not 96")],
+)
+def test_what_they_do_not_serve(monkeypatch, name, q, words):
+    with pytest.raises(Unsupported, match="Hopper GPU" if jax.__version_info__ >= (0, 11) else "JAX 0.11"):
+        ATTENTION[name](q, q, q)
+
+    class Hopper:
+        compute_capability, device_kind = "9.0", "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    with pytest.raises(Unsupported, match=words):
+        ATTENTION[name](q, q, q)
+    Hopper.compute_capability, Hopper.device_kind = "8.9", "NVIDIA L4"
+    with pytest.raises(Unsupported, match="not NVIDIA L4"):
+        hopper.require_hopper(name, Q)
+
+
+def test_auto_takes_the_first_that_serves(monkeypatch):
+    """Few keys go to cuDNN; the exact kernel has the rest, never the one that rounds to 8 bits."""
+    asked = []
+
+    def refuse(name):
+        def kernel(*_, **__):
+            asked.append(name)
+            raise Unsupported(f"{name} is not asked for more")
+
+        return kernel
+
+    monkeypatch.setattr(ATTENTION, "_entries", {name: refuse(name) for name in ATTENTION})
+    for keys, expected in ((1024, ["pallas_flash", "cudnn", "xla"]), (1023, ["cudnn", "xla"])):
+        asked.clear()
+        x = jnp.ones((1, keys, 1, 64), jnp.bfloat16)
+        with pytest.raises(Unsupported, match="cudnn is not asked for more; xla"):
+            auto_attention(x[:, :8], x, x)
+        assert asked == expected
+    assert "pallas_sage" not in PREFERENCE
