@@ -4,7 +4,8 @@
     python benchmarks/parallel.py --model flux
     python benchmarks/parallel.py --model wan --tiny      anywhere, on 4 virtual devices, to see that it runs
 
-Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
+Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts; Ulysses with its heads in 1, 2 and 3
+parts besides, and as the sizes of messages choose. Where the missing part goes: a step
 without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone, and with
 --profile the kernels of a step. The links alone, and the decoder on one device and on all. Peaks of memory are of the process
 so far; a call of its own (--only MESH) measures the peak of one mesh.
@@ -42,6 +43,7 @@ from smartdiff_jax.sharding.context_parallel import SEQUENCE, factorise, padded_
 from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh  # noqa: E402
 from smartdiff_jax.sharding.plan import plan_mesh  # noqa: E402
+from smartdiff_jax.sharding.ulysses import attend_in_parts  # noqa: E402
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E402
 from smartdiff_jax.stages.decode import Decode  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
@@ -89,11 +91,12 @@ class WithoutAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A mesh to measure. ring: how keys and values get along the ring axis (MeshAttend)."""
+    """A mesh to measure. ring: how keys and values get along the ring axis; parts: of Ulysses' heads (MeshAttend)."""
 
     name: str
     mesh: MeshConfig
     ring: Any = "permute"
+    parts: int | None = None
 
 
 def cases(devices: int, heads: int, guided: bool) -> list[Case]:
@@ -103,6 +106,11 @@ def cases(devices: int, heads: int, guided: bool) -> list[Case]:
     found = [
         Case(f"{most} fsdp", MeshConfig(ring=ring, ulysses=ulysses, fsdp=True)),
         Case(most, MeshConfig(ring=ring, ulysses=ulysses)),
+        *[
+            Case(f"{most} parts={parts}", MeshConfig(ring=ring, ulysses=ulysses), parts=parts)
+            for parts in (1, 2, 3)
+            if ulysses > 1 and heads // ulysses % parts == 0
+        ],
         Case(f"ring={devices}", MeshConfig(ring=devices)),
         Case(f"ring={devices} gather", MeshConfig(ring=devices), "gather"),
     ]
@@ -132,7 +140,7 @@ class Bench:
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
-            attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, batch=layout.batch_axes)
+            attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, batch=layout.batch_axes, parts=case.parts)
         architecture = model.family.architectures["transformer"]
         place = _placement("transformer", mesh, case.mesh)
         weights = random_state(architecture, model.configs["transformer"], self.dtype, 0, place)
@@ -195,7 +203,7 @@ class Bench:
         calls, mesh = self.work.split_attention[0], make_mesh(case.mesh)
         pieces = case.mesh.ring * case.mesh.ulysses
         length = padded_length(self.work.tokens + calls.text, mesh)
-        attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring)
+        attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, parts=case.parts)
         kernel = ATTENTION[self.attention]
         heads, queries = calls.heads // case.mesh.ulysses, length // case.mesh.ring
         keys = length if case.ring == "gather" else queries
@@ -266,18 +274,18 @@ def messages(mesh: Mesh, case: Case) -> Any:
     ring, ulysses = case.mesh.ring, case.mesh.ulysses
 
     def local(q, k, v):
-        stack = jnp.stack([q, k, v])
-        if ulysses > 1:
-            stack = lax.all_to_all(stack, "ulysses", split_axis=3, concat_axis=2, tiled=True)
-        out, kv = stack[0], stack[1:]
-        if ring > 1 and case.ring == "gather":
+        def along_ring(stream):
+            out, *kv = stream
+            if ring > 1 and case.ring == "gather":
+                kv = [lax.all_gather(x, "ring", axis=1, tiled=True)[:, : out.shape[1]] for x in kv]
+            else:
+                for _ in range(ring - 1):
+                    kv = [lax.ppermute(x, "ring", [(device, (device + 1) % ring) for device in range(ring)]) for x in kv]
             # Only looked at, so that nothing is left out and nothing else is computed.
-            out = out + lax.all_gather(kv, "ring", axis=2, tiled=True)[0, :, : out.shape[1]]
-        else:
-            for _ in range(ring - 1):
-                kv = lax.ppermute(kv, "ring", [(device, (device + 1) % ring) for device in range(ring)])
-            out = out + kv[0] + kv[1]
-        return lax.all_to_all(out, "ulysses", split_axis=1, concat_axis=2, tiled=True) if ulysses > 1 else out
+            return out + kv[0] + kv[1]
+
+        stream = QKV(q, k, v)
+        return attend_in_parts(along_ring, stream, "ulysses", case.parts or 1) if ulysses > 1 else along_ring(stream)
 
     spec = PartitionSpec(None, SEQUENCE)
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -381,7 +389,7 @@ def main() -> None:
         note(case.name, row)
         if not case.mesh.fsdp and not arguments.only:
             # The same on every mesh that splits tokens.
-            if case.mesh.ring == 1:
+            if case.mesh.ring == 1 and case.parts is None:
                 row["without_attention"] = bench.step(case, WithoutAttention())
             if case.mesh.cfg == 1 and case.mesh.num_devices > 1:
                 row["attention"] = bench.attention_parts(case)

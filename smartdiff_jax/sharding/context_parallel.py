@@ -4,9 +4,10 @@ Outside, arrays are whole and lie on the mesh: tokens over ("ring", "ulysses"), 
 batch over axes of the caller's choice. Attention alone runs inside shard_map, where every device holds its piece:
 
     self, joint   a device's piece of both streams, [tokens | text]
-                  Ulysses: one all-to-all to some heads of all pieces along the axis, in order
+                  Ulysses: all-to-alls to some heads of all pieces along the axis, in order
                   ring: chunks of keys and values go round, or are gathered at once
-                  Ulysses: one all-to-all back
+                  Ulysses: an all-to-all back
+                  Ulysses' heads go in parts, so that one part travels while another attends
     cross, text   no communication: the text is whole on every device
 
 In joint attention the text is divided as the picture is: its queries, so that no work is done twice, and its keys, which
@@ -33,8 +34,14 @@ from jaxtyping import Array, Bool, Int
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
-from smartdiff_jax.sharding.ring import Part, merge, own_and_remote, own_chunk, ring_attention
-from smartdiff_jax.sharding.ulysses import split_heads, split_sequence, split_sequence_of_lse
+from smartdiff_jax.sharding.ring import KV, Part, merge, own_and_remote, own_chunk, ring_attention
+from smartdiff_jax.sharding.ulysses import (
+    attend_in_parts,
+    default_parts,
+    split_heads,
+    split_sequence,
+    split_sequence_of_lse,
+)
 
 SEQUENCE = ("ring", "ulysses")
 
@@ -120,6 +127,7 @@ class MeshAttend:
     text: "replicated" hands the text's part of joint attention whole to every device; "split" leaves it as the tokens
         are, for models that divide the work on their text as well.
     batch: the axes that the batch is split over.
+    parts: in how many parts Ulysses exchanges a device's heads, a divisor of them; None: as the messages' sizes say.
     num_tokens: how many tokens count (see `for_length`); None if all do.
 
     Called within a shard_map over other axes than the sequence's (say "cfg"), it is one over the rest.
@@ -132,6 +140,7 @@ class MeshAttend:
     ring: RingMode = "permute"
     text: TextMode = "replicated"
     batch: tuple[str, ...] = ("data",)
+    parts: int | None = None
     num_tokens: NumTokens | None = None
 
     @property
@@ -221,21 +230,14 @@ class MeshAttend:
         size, ring, ulysses = tokens.q.shape[1], self.mesh.shape["ring"], self.mesh.shape["ulysses"]
         chunks = Chunks(ulysses, size, 0 if text is None else text.q.shape[1], num_tokens, text_length)
         piece = tokens if text is None else _joined(tokens, text)
-        q, kv = split_heads(piece, "ulysses") if ulysses > 1 else (piece.q, jnp.stack(piece[1:]))
-        if ring > 1 and self.ring == "permute":
-            kv = chunks.arrange(kv, lax.axis_index("ring"))
-            if held is None:
-                out = ring_attention(self.kernel, q, kv, "ring", chunks)
-            else:
-                out, held = self._with_remote(q, kv, chunks, held, fresh)
+        if held is not None:
+            # What is held is all heads of a piece, and comes back in one message.
+            q, k, v = (split_heads(x, "ulysses") for x in piece) if ulysses > 1 else piece
+            out, held = self._with_remote(q, self._arranged(k, v, chunks), chunks, held, fresh)
+        elif ulysses > 1:
+            out = attend_in_parts(lambda whole: self._attend(whole, chunks), piece, "ulysses", self._parts(piece.q))
         else:
-            if ring > 1:
-                kv = lax.all_gather(kv, "ring", axis=2, tiled=True)
-                chunks = dataclasses.replace(chunks, blocks=ring * ulysses)
-            k, v = chunks.arrange(kv, 0)
-            out = _attend(self.kernel, q, k, v, chunks)
-        if ulysses > 1 and held is None:
-            out = split_sequence(out, "ulysses")
+            out = self._attend(piece, chunks)
         if text is None:
             return out, None, held
         out, text_out = out[:, :size], out[:, size:]
@@ -243,7 +245,30 @@ class MeshAttend:
             text_out = lax.all_gather(text_out, SEQUENCE, axis=1, tiled=True)
         return out, text_out, held
 
-    def _with_remote(self, q: Array, kv: Array, chunks: Chunks, held: "Remote", fresh: Any) -> tuple[Array, "Remote"]:
+    def _attend(self, whole: QKV, chunks: Chunks) -> Array:
+        """Attention of what Ulysses has put together to all that lies along the ring."""
+        q, k, v = whole
+        if self.mesh.shape["ring"] > 1 and self.ring == "permute":
+            return ring_attention(self.kernel, q, self._arranged(k, v, chunks), "ring", chunks)
+        if self.mesh.shape["ring"] > 1:
+            k, v = (lax.all_gather(x, "ring", axis=1, tiled=True) for x in (k, v))
+            chunks = dataclasses.replace(chunks, blocks=self.mesh.shape["ring"] * chunks.blocks)
+        return _attend(self.kernel, q, chunks.arrange(k, 0), chunks.arrange(v, 0), chunks)
+
+    def _arranged(self, k: Array, v: Array, chunks: Chunks) -> KV:
+        own = lax.axis_index("ring")
+        return chunks.arrange(k, own), chunks.arrange(v, own)
+
+    def _parts(self, piece: Array) -> int:
+        """For messages of `piece` [b, s, h, d], a device's queries, keys or values before they are exchanged."""
+        ulysses = self.mesh.shape["ulysses"]
+        heads = piece.shape[2] // ulysses
+        parts = default_parts(piece.nbytes // ulysses * (ulysses - 1), heads) if self.parts is None else self.parts
+        if heads % parts:
+            raise InvalidConfig("parts", parts, f"must divide the {heads} heads that a device attends with")
+        return parts
+
+    def _with_remote(self, q: Array, kv: KV, chunks: Chunks, held: "Remote", fresh: Any) -> tuple[Array, "Remote"]:
         """Attention of a device's queries by its own keys and the others', split along the sequence as what is held is."""
         dtype = q.dtype
 
@@ -321,6 +346,7 @@ def wrap(
     ring: RingMode = "permute",
     text: TextMode = "replicated",
     batch: tuple[str, ...] = ("data",),
+    parts: int | None = None,
 ) -> LocalAttend | MeshAttend:
     """`kernel` made to serve arrays laid out on `mesh`; the options are `MeshAttend`'s.
 
@@ -329,7 +355,7 @@ def wrap(
 
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
-    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch)
+    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch, parts)
 
 
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:
