@@ -22,7 +22,7 @@ so unmasked joint attention is self-attention over the pieces as they lie.
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -124,8 +124,9 @@ class MeshAttend:
 
     ring: how keys and values get along the ring axis. "permute" hides transport behind attention and needs the kernel's
         log-sum-exp; "gather" brings them all at once to one call of the kernel, for kernels without one.
-    text: "replicated" hands the text's part of joint attention whole to every device; "split" leaves it as the tokens
-        are, for models that divide the work on their text as well.
+    text: "split" leaves the text's part of joint attention as the tokens are, and with it all work on the text stream
+        is divided: the partitioner follows the placement. "replicated" hands it whole to every device. None: "split"
+        where the text divides evenly; padded rows could not be cut off again without moving all others.
     batch: the axes that the batch is split over.
     parts: in how many parts Ulysses exchanges a device's heads, a divisor of them; None: as the messages' sizes say.
     num_tokens: how many tokens count (see `for_length`); None if all do.
@@ -138,7 +139,7 @@ class MeshAttend:
     kernel: AttentionFn
     mesh: Mesh
     ring: RingMode = "permute"
-    text: TextMode = "replicated"
+    text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
     parts: int | None = None
     num_tokens: NumTokens | None = None
@@ -209,9 +210,11 @@ class MeshAttend:
             text_length = jnp.full(batch, text_size, jnp.int32)
 
         split, whole, rows = self._specs(tokens.q)
-        text_split = split if self.text == "split" else whole
+        text_mode = self.text or ("replicated" if text_size % pieces else "split")
+        text_split = split if text_mode == "split" else whole
         everywhere = PartitionSpec()
-        run = self._shard_map(self._local, (split, split, everywhere, rows, split, everywhere), (split, text_split, split))
+        local = partial(self._local, text_mode)
+        run = self._shard_map(local, (split, split, everywhere, rows, split, everywhere), (split, text_split, split))
         operands = jax.tree.map(self._padded, (tokens, text))
         num_tokens = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
         out, text_out, held = run(*operands, num_tokens, text_length, held, fresh)
@@ -219,6 +222,7 @@ class MeshAttend:
 
     def _local(
         self,
+        text_mode: TextMode,
         tokens: QKV,
         text: QKV | None,
         num_tokens: Array | None,
@@ -241,7 +245,7 @@ class MeshAttend:
         if text is None:
             return out, None, held
         out, text_out = out[:, :size], out[:, size:]
-        if self.text == "replicated" and ring * ulysses > 1:
+        if text_mode == "replicated" and ring * ulysses > 1:
             text_out = lax.all_gather(text_out, SEQUENCE, axis=1, tiled=True)
         return out, text_out, held
 
@@ -344,7 +348,7 @@ def wrap(
     mesh: Mesh,
     *,
     ring: RingMode = "permute",
-    text: TextMode = "replicated",
+    text: TextMode | None = None,
     batch: tuple[str, ...] = ("data",),
     parts: int | None = None,
 ) -> LocalAttend | MeshAttend:

@@ -1,6 +1,7 @@
 """What a mesh would cost, before anything is loaded: memory, messages and the time of a step on each device.
 
-    evaluation   attention / (P T) + matmuls / P + the rest / P + what messages add; text outside of attention is not divided
+    evaluation   attention / (P T) + matmuls / P + the rest / P + what messages add; text that P does not divide is whole
+                 outside of attention
     step         as many evaluations as a device has branches of guidance, and one exchange of their results
     memory       reserved + weights + the larger of denoising and decoding; with `stage` the largest of the stages, each with
                  the weights it uses and no others
@@ -125,7 +126,7 @@ def activation_bytes(work: Workload, mesh: MeshConfig, batch: int) -> int:
     """
     tokens = math.ceil(work.tokens / (mesh.ring * mesh.ulysses))
     row = 10 * work.width * work.itemsize + work.inner // mesh.tensor * (FLOAT32 + work.itemsize)
-    return batch * (tokens + work.text) * row + 6 * FLOAT32 * tokens * work.features
+    return batch * (tokens + traffic.text_rows(work, mesh)) * row + 6 * FLOAT32 * tokens * work.features
 
 
 def gathered_bytes(work: Workload, mesh: MeshConfig) -> int:
@@ -153,7 +154,7 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     """Of one evaluation, by what takes them.
 
     attention  4 * queries * keys * H * D FLOP, divided by P and by T; attention of the text to itself by T only
-    matmuls    FLOP of a device's tokens and of all text; what tensor does not split is not divided by it. Kernels for one
+    matmuls    FLOP of a device's tokens and text; what tensor does not split is not divided by it. Kernels for one
                row take the time of reading them
     rest       features * rows * blocks of norms, rotary turns and activations
     messages   bytes / rate and a latency a call. Ulysses packs and unpacks four arrays, each read and written; a ring packs
@@ -166,9 +167,11 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     tokens = math.ceil(work.tokens / pieces)
     attention = _attention_seconds(work, mesh, rates)
     share = _split_share(work, mesh)
-    flop = work.matmul_per_token * tokens + work.matmul_fixed
+    text = traffic.text_rows(work, mesh)
+    # What is fixed is the text's, but for a row of the timestep. Text that is only looked at is whole on every device.
+    flop = work.matmul_per_token * tokens + work.matmul_fixed * (text / work.text if work.text else 1)
     matmuls = flop * (1 - share + share / mesh.tensor) / rates.matmul + work.read / mesh.tensor / rates.memory
-    rest = rates.elementwise * work.num_blocks * work.width * (tokens + work.text)
+    rest = rates.elementwise * work.num_blocks * work.width * (tokens + text)
     calls = sum(calls.count for calls in work.split_attention)
     joint = sum(calls.count for calls in work.attention if calls.kind == "joint")
     sent = traffic.of_evaluation(work, mesh)

@@ -37,9 +37,12 @@ def ring(work: Workload, mesh: MeshConfig) -> int:
 
 
 def text(work: Workload, mesh: MeshConfig) -> int:
-    """The text's part of joint attention, gathered because text is whole outside: (P - 1) * ceil(text / P) * H / T * D * a."""
+    """The text's part of joint attention, gathered where text is whole outside: (P - 1) * ceil(text / P) * H / T * D * a.
+
+    Text that divides evenly is split outside as well.
+    """
     pieces = mesh.ring * mesh.ulysses
-    joint = (calls for calls in work.attention if calls.kind == "joint")
+    joint = (calls for calls in work.attention if calls.kind == "joint" and calls.text % pieces)
     rows = (calls.count * math.ceil(calls.text / pieces) * calls.heads * calls.head_dim for calls in joint)
     return (pieces - 1) * sum(rows) * work.itemsize // mesh.tensor
 
@@ -60,7 +63,13 @@ def rows_of(work: Workload, mesh: MeshConfig, leaf: Parameter) -> int:
     """Rows that a block's kernel works on: of the text, of the picture, or of both where the streams share it."""
     names = leaf.path.split(".")
     tokens = math.ceil(work.tokens / (mesh.ring * mesh.ulysses))
-    return work.text * ("image" not in names) + tokens * ("text" not in names)
+    return text_rows(work, mesh) * ("image" not in names) + tokens * ("text" not in names)
+
+
+def text_rows(work: Workload, mesh: MeshConfig) -> int:
+    """Rows of the text's residual stream on a device: divided as the tokens are where they divide evenly, else all."""
+    pieces = mesh.ring * mesh.ulysses
+    return work.text if work.text % pieces else work.text // pieces
 
 
 def fsdp(work: Workload, mesh: MeshConfig) -> int:

@@ -80,9 +80,9 @@ def test_nothing_goes_round_where_the_remote_part_is_held():
     jaxpr = jax.make_jaxpr(lambda fresh: attend.attention_with_remote(tokens, None, None, held, fresh))(True)
     [mapped] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "shard_map"]
     [conditional] = [eqn for eqn in mapped.params["jaxpr"].eqns if eqn.primitive.name == "cond"]
-    assert str(mapped.params["jaxpr"]).count("ppermute[") == 3
+    assert str(mapped.params["jaxpr"]).count("ppermute[") == 6
     reuse, compute = (str(branch) for branch in conditional.params["branches"])
-    assert reuse.count("ppermute[") == 0 and compute.count("ppermute[") == 3
+    assert reuse.count("ppermute[") == 0 and compute.count("ppermute[") == 6
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -199,7 +199,7 @@ def test_masks_communicate_nothing():
         return lambda tokens, text, text_length: attend.joint_attention(tokens, text, text_length=text_length)
 
     counts = collectives(joint(attend), operands, compiled(joint(same))(tokens, text, TEXT_LENGTH))
-    assert counts == {"all-to-all": 4, "collective-permute": 2, "all-gather": 1}
+    assert counts == {"all-to-all": 4, "collective-permute": 2}
 
 
 @pytest.mark.parametrize("text_mode", ["replicated", "split"])
@@ -214,6 +214,30 @@ def test_text_travels_with_the_tokens(text_mode):
     handed_out = {"all-gather": 1} if text_mode == "replicated" else {}
     expected = {"all-to-all": 4, "collective-permute": 2} | handed_out
     assert collectives(attend.joint_attention, operands, theirs) == expected
+
+
+def test_work_on_the_text_is_divided():
+    """A stream of text that comes in whole is multiplied in pieces, without a message, where it divides evenly."""
+    mesh = mesh_of(ring=2, ulysses=2)
+    tokens, text = streams(16, 8)
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(HEAD_DIM, 3 * HEAD_DIM)) / 3, jnp.float32)
+
+    def blocks(attend, tokens, text):
+        def block(text, _):
+            stream = QKV(*jnp.split(text @ kernel, 3, axis=-1))
+            return attend.joint_attention(tokens, stream)[1], None
+
+        return jax.lax.scan(block, text, length=3)[0]
+
+    def run(tokens, text):
+        return blocks(wrap(xla_attention, mesh), tokens, text)
+
+    theirs = compiled(blocks, static_argnums=0)(local, tokens, text.q)
+    operands = placed(mesh, tokens, None, SEQUENCE), placed(mesh, text.q)
+    assert collectives(run, operands, theirs) == {"all-to-all": 4, "collective-permute": 2}
+    program = compiled(run).lower(*operands).compile().as_text()
+    sizes = {tuple(map(int, found.split(","))) for found in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", program)}
+    assert 2 * (8 // 4) * HEADS * 24 in map(np.prod, sizes) and 2 * 8 * HEADS * 24 not in map(np.prod, sizes)
 
 
 @pytest.mark.parametrize("axes", [{"ring": 2, "ulysses": 2}, {"tensor": 2, "data": 2}], ids=str)
