@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from smartdiff_jax.sharding.context_parallel import SEQUENCE, padded_length
 
@@ -74,29 +74,18 @@ class Layout:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.batch_axes, SEQUENCE)))
 
-    def picture(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Of latents [b, c, f, h, w] on their way to pixels: in pieces of rows and columns, see `split_picture`."""
-        return NamedSharding(self._pieces(shape), PartitionSpec(None, None, None, "rows", "columns"))
-
-    def as_picture(self, pixels: Shaped[Array, "b f y x rgb"], shape: tuple[int, ...]) -> Shaped[Array, "b f y x rgb"]:
-        """Pixels in the pieces that their latents, of this shape, lie in. Left to the partitioner they would be gathered."""
-        if self.mesh.size == 1:
-            return pixels
-        pieces = NamedSharding(self._pieces(shape), PartitionSpec(None, None, "rows", "columns"))
-        return jax.lax.with_sharding_constraint(pixels, pieces)
-
-    def _pieces(self, shape: tuple[int, ...]) -> Mesh:
-        """A mesh of its own over the same devices: no axis of `mesh` can be cut into rows and columns."""
+    def pieces(self, shape: tuple[int, ...]) -> Mesh:
+        """For latents [b, c, f, h, w] on their way to pixels: a mesh of its own over the same devices, because no axis of
+        `mesh` can be cut into rows and columns (see `split_picture`)."""
         rows, columns = split_picture(shape[3], shape[4], self.mesh.size)
         return Mesh(self.mesh.devices.reshape(rows, columns, -1), ("rows", "columns", "copies"))
 
 
 def split_picture(height: int, width: int, devices: int) -> tuple[int, int]:
     """(rows, columns) of equal pieces that latents height x width are cut into: as many as `devices` allow, and among those
-    with the shortest edges, which are what neighbours exchange.
+    with the shortest edges, along which work is done twice (sharding/windows.py).
 
-    Pieces must be equal. Padding is not an option: a convolution would see it where upstream's sees its own zeros, one layer
-    after another. Where fewer pieces than devices are possible, every piece is decoded by several devices.
+    Pieces must be equal. Where fewer pieces than devices are possible, every piece is decoded by several devices.
     """
 
     def edges(rows: int, columns: int) -> int:

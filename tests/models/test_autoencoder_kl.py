@@ -126,7 +126,7 @@ def test_every_parameter_of_a_level_learns(key):
 
     @jax.jit
     def gradient(state):
-        return jax.grad(lambda state: jnp.mean(nnx.merge(graphdef, state)(x) ** 2))(state)
+        return jax.grad(lambda state: jnp.mean(nnx.merge(graphdef, state)(x)[0] ** 2))(state)
 
     for path, leaf in nnx.to_flat_state(gradient(state)):
         norm = np.linalg.norm(np.asarray(leaf[...]))

@@ -1,5 +1,6 @@
 """The decoder on 8 virtual devices: pieces of any size, the pixels of one device, and what its executable really sends."""
 
+import itertools
 import math
 import re
 
@@ -15,6 +16,7 @@ from smartdiff_jax.models.vae.autoencoder_kl import AutoencoderKL, AutoencoderKL
 from smartdiff_jax.models.vae.wan_vae import WanVAE, WanVAEConfig
 from smartdiff_jax.sharding.layout import Layout, describe_pieces, split_picture
 from smartdiff_jax.sharding.mesh import make_mesh, replicated
+from smartdiff_jax.sharding.windows import Side, halos
 from smartdiff_jax.stages import decode
 from smartdiff_jax.stages.decode import Decode
 from smartdiff_jax.weights.residency import Resident
@@ -62,31 +64,72 @@ def stage(name: str, **axes: int) -> tuple[Decode, tuple[int, ...]]:
 
 
 def compiled(decoder: Decode, shape: tuple[int, ...]):
-    latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=decoder._layout.picture(shape))
+    latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=decoder._layout.replicated)
     return decoder._decode.lower(decoder._weights.kept, latents, to_uint8=False).compile()
 
 
+MESSAGE = re.compile(r"= .* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+# Norms of a picture, five in the middle, four at each size and one at the end; what attention reads and what it gives. Of a
+# clip only the latter, for every latent frame.
+MESSAGES = {"picture": (5 + 3 * 4 + 1) + 2, "clip": 2}
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_pieces_are_decoded_as_the_whole(monkeypatch, name):
-    """Equal pixels, an eighth of the memory, edges between neighbours, and nothing gathered but at the size of the latents."""
+@pytest.mark.parametrize("axes, sides", [(dict(ulysses=2), 1), (dict(ring=2, ulysses=2, data=2), 2)], ids=str)
+def test_pieces_are_decoded_as_the_whole(monkeypatch, name, axes, sides):
+    """Equal pixels, which lie in pieces; a message a norm and two around attention, along each side that is cut, and nothing
+    gathered but at the size of the latents."""
     # As with large pictures: clips go through in chunks, and of attention's scores only some rows exist at a time.
     monkeypatch.setattr(decode, "WHOLE_CLIP_LATENTS", 0)
     monkeypatch.setattr(layers, "ATTENTION_ROWS", 16)
     alone, shape = stage(name)
-    split, _ = stage(name, ulysses=2, ring=4)
-    whole, piece = compiled(alone, shape), compiled(split, shape)
+    split, _ = stage(name, **axes)
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    reference, pixels = (
-        np.asarray(executable(decoder._weights.kept, jax.device_put(latents, decoder._layout.picture(shape))))
-        for executable, decoder in ((whole, alone), (piece, split))
-    )
-    np.testing.assert_allclose(pixels, reference, rtol=0, atol=1e-5)
+    reference, pixels = alone(latents, to_uint8=False), split(latents, to_uint8=False)
+    np.testing.assert_allclose(np.asarray(pixels), np.asarray(reference), rtol=0, atol=1e-5)
+    assert len({shard.index for shard in pixels.addressable_shards}) == math.prod(split._layout.mesh.shape.values())
+    split(latents + 1, to_uint8=False)
+    assert split._decode._cache_size() == 1
 
-    text = piece.as_text()
-    assert "collective-permute" in text
-    # Of the middle of the networks, 16 channels wide; Wan's three taps in time lie beside each other when it is passed in.
-    gathered = [math.prod(map(int, sizes.split(","))) for sizes in GATHER.findall(text)]
-    # JAX 0.10 gathers the finished pixels of a clip besides, which are fetched next; no activation at their size is as small.
-    assert max(gathered, default=0) <= max(3 * 16 * math.prod(shape[3:]), pixels.size)
-    ratio = whole.memory_analysis().temp_size_in_bytes / piece.memory_analysis().temp_size_in_bytes
-    assert ratio > 4  # edges and the middle weigh more at this size than at a true one
+    text = compiled(split, shape).as_text()
+    assert MESSAGE.findall(text) == ["all-gather"] * MESSAGES[name] * sides
+    # Of the middle of the networks, 16 channels wide.
+    assert max(math.prod(map(int, sizes.split(","))) for sizes in GATHER.findall(text)) <= 16 * math.prod(shape[3:])
+
+
+@pytest.mark.parametrize("size", [(26, 31), (34, 20), (7, 5)])
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_of_odd_sizes(name, size):
+    """Sides that are primes or twice one: pieces that need more of their neighbours than there is, or are decoded twice."""
+    shape = (*MODELS[name][2][:3], *size)
+    latents = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    alone, split = stage(name)[0], stage(name, ulysses=2, ring=2)[0]
+    ours, theirs = (np.asarray(decoder(latents, to_uint8=False)) for decoder in (split, alone))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_divided(monkeypatch, name):
+    """At a size where what is around a piece is little beside it."""
+    monkeypatch.setattr(decode, "WHOLE_CLIP_LATENTS", 0)
+    monkeypatch.setattr(layers, "ATTENTION_ROWS", 16)
+    shape = (*MODELS[name][2][:3], 96, 128)
+    whole, piece = (compiled(stage(name, **axes)[0], shape) for axes in ({}, dict(ulysses=2, ring=4)))
+    assert whole.memory_analysis().temp_size_in_bytes > 5 * piece.memory_analysis().temp_size_in_bytes
+
+
+def test_halos_of_the_true_networks():
+    """Wan and FLUX.1: three residual blocks of two convolutions at each of four sizes."""
+    assert halos([6, 6, 6, 6]) == ([7, 6, 4, 1], 13)
+    assert halos([4]) == ([1], 5)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+def test_windows_hold_what_pieces_need(pieces):
+    """All alike, inside the picture, with the halo on every side that is not the picture's own border."""
+    for length, halo in itertools.product((12, 24, 60), (0, 1, 5, 13)):
+        side = Side("columns", pieces, length, halo)
+        for index in range(pieces):
+            start = min(max(index * side.own - halo, 0), length - side.size)
+            first, last = index * side.own, (index + 1) * side.own
+            assert 0 <= start <= max(0, first - halo) and min(length, last + halo) <= start + side.size <= length

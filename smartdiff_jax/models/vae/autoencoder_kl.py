@@ -2,7 +2,8 @@
 
 `AutoencoderKL` is `diffusers.AutoencoderKL` (https://arxiv.org/abs/2112.10752, section 3.1) as FLUX.1 and Z-Image use it,
 `AutoencoderKLFlux2` is `diffusers.AutoencoderKLFlux2`: the same network, but its latents are normalised per channel of their
-2x2 patches, by the running statistics of a batch norm. Parameter names are upstream's. Activations are [b h w c].
+2x2 patches, by the running statistics of a batch norm. Parameter names are upstream's. Activations are [b h w c], of a window
+of the picture where it is decoded by several devices.
 """
 
 import math
@@ -21,8 +22,10 @@ from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.models.family import Architecture, KeyRule
 from smartdiff_jax.models.layers import Linear, wide_attention
 from smartdiff_jax.models.vae.causal_conv import conv2d
+from smartdiff_jax.sharding.windows import WHOLE, Windows, halos
 
 EPS = 1e-6  # of every group norm
+REACH = 2  # rows of its input, on either side, that a residual block sees
 RESIDUAL_GAIN = 0.1  # of what a fresh residual branch adds: a deep stack starts close to the identity
 
 
@@ -144,12 +147,14 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
-    def __call__(self, x: Float[Array, "b h w c"], *, silu: bool) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], windows: Windows = WHOLE, *, silu: bool) -> Float[Array, "b h w c"]:
         """silu: apply it."""
         x32 = x.astype(jnp.float32)
+        own = windows.own(x32)
         # Means of channels first and of groups after: a sum down the columns of an array is one that a GPU does fast.
-        mean = self._of_groups(jnp.mean(x32, axis=(1, 2)))
-        variance = self._of_groups(jnp.mean(jnp.square(x32 - mean), axis=(1, 2)))
+        mean = self._of_groups(jnp.mean(own, axis=(1, 2)))
+        variance = self._of_groups(jnp.mean(jnp.square(own - mean), axis=(1, 2)))
+        mean, variance = windows.pooled(mean, variance)
         scale = self.scale[...].astype(jnp.float32) * lax.rsqrt(variance + EPS)
         y = (x32 - mean) * scale + self.bias[...].astype(jnp.float32)
         return (jax.nn.silu(y) if silu else y).astype(x.dtype)
@@ -188,9 +193,10 @@ class ResnetBlock(nnx.Module):
         same = in_channels == out_channels
         self.conv_shortcut = None if same else Linear(in_channels, out_channels, rngs, kernel_init=_init())
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    def __call__(self, x: Float[Array, "b h w i"], windows: Windows = WHOLE) -> Float[Array, "b h w o"]:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True)) + shortcut
+        x = self.conv1(self.norm1(x, windows, silu=True))
+        return self.conv2(self.norm2(x, windows, silu=True)) + shortcut
 
 
 class AttentionBlock(nnx.Module):
@@ -201,9 +207,12 @@ class AttentionBlock(nnx.Module):
         self.to_q, self.to_k, self.to_v = (Linear(channels, channels, rngs, kernel_init=_init()) for _ in range(3))
         self.to_out = Linear(channels, channels, rngs, kernel_init=_init(RESIDUAL_GAIN))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        y = self.group_norm(x, silu=False).reshape(x.shape[0], -1, x.shape[-1])
-        return x + self.to_out(wide_attention(self.to_q(y), self.to_k(y), self.to_v(y))).reshape(x.shape)
+    def __call__(self, x: Float[Array, "b h w c"], windows: Windows = WHOLE) -> Float[Array, "b h w c"]:
+        """Of windows without a halo."""
+        y = self.group_norm(x, windows, silu=False)
+        # Gathered once, before keys and values are two of it.
+        y, whole = (pixels.reshape(x.shape[0], -1, x.shape[-1]) for pixels in (y, windows.gathered(y)))
+        return x + self.to_out(wide_attention(self.to_q(y), self.to_k(whole), self.to_v(whole))).reshape(x.shape)
 
 
 class MidBlock(nnx.Module):
@@ -215,10 +224,15 @@ class MidBlock(nnx.Module):
         attends = config.mid_block_add_attention
         self.attentions = nnx.List([AttentionBlock(channels, groups, rngs)] if attends else [])
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        for block in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = block(x)
-        return x
+    def __call__(
+        self, x: Float[Array, "b h w c"], windows: Windows = WHOLE, halo: int = 0
+    ) -> tuple[Float[Array, "b h2 w2 c"], Windows]:
+        """halo: of the windows that come out."""
+        x, windows = windows.crop(self.resnets[0](x, windows), 0)
+        for attention in self.attentions:
+            x = attention(x, windows)
+        x, windows = windows.refreshed(x, halo + REACH)
+        return windows.crop(self.resnets[1](x, windows), halo)
 
 
 class Downsample(Conv):
@@ -243,10 +257,14 @@ class Level(nnx.Module):
         self.resnets = nnx.List([ResnetBlock(i, o, groups, rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
         self.step = None if step is None else step(out_channels, out_channels, rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(
+        self, x: Float[Array, "b h w i"], windows: Windows = WHOLE, halo: int = 0
+    ) -> tuple[Float[Array, "b h2 w2 o"], Windows]:
+        """halo: of the windows behind the residual blocks, which the step doubles."""
         for block in self.resnets:
-            x = block(x)
-        return x if self.step is None else self.step(x)
+            x = block(x, windows)
+        x, windows = windows.crop(x, halo)
+        return (x, windows) if self.step is None else (self.step(x), windows.doubled())
 
 
 def _levels(widths: tuple[int, ...], blocks: int, groups: int, step: type[Conv], rngs: nnx.Rngs) -> nnx.List:
@@ -270,8 +288,8 @@ class Encoder(nnx.Module):
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
+            x, _ = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)[0], silu=True))
 
 
 class Decoder(nnx.Module):
@@ -285,11 +303,14 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = Conv(widths[-1], config.out_channels, rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+    def __call__(self, x: Float[Array, "b h w i"], windows: Windows = WHOLE) -> Float[Array, "b h2 w2 o"]:
+        """x is whole; what comes out is the device's own piece."""
+        behind, ahead = halos([REACH * len(block.resnets) for block in self.up_blocks])
+        windows = windows.with_halo(1 + REACH)
+        x, windows = self.mid_block(self.conv_in(windows.cut(x)), windows, ahead)
+        for block, halo in zip(self.up_blocks, behind, strict=True):
+            x, windows = block(x, windows, halo)
+        return windows.own(self.conv_out(self.conv_norm_out(x, windows, silu=True)))
 
 
 class PictureVAE(nnx.Module):
@@ -321,13 +342,15 @@ class PictureVAE(nnx.Module):
         mean, std = self.statistics(*latents.shape[3:])
         return latents * std + mean
 
-    def decode(self, latents: Float[Array, "b c f h w"], *, chunk: int | None = None) -> Float[Array, "b f height width rgb"]:
-        """Normalised latents to a picture. Raises InvalidRequest if there are several frames."""
+    def decode(
+        self, latents: Float[Array, "b c f h w"], *, chunk: int | None = None, windows: Windows = WHOLE
+    ) -> Float[Array, "b f height width rgb"]:
+        """Normalised latents, whole, to a picture, or to the device's piece. Raises InvalidRequest for several frames."""
         _check_one_frame(latents.shape[2])
         x = jnp.moveaxis(self.denormalize(latents)[:, :, 0], 1, -1).astype(self.decoder.conv_in.kernel.dtype)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
-        return self.decoder(x)[:, None]
+        return self.decoder(x, windows)[:, None]
 
     def encode(
         self, pixels: Float[Array, "b f height width rgb"], *, chunk: int | None = None

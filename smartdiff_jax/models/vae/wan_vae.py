@@ -5,6 +5,7 @@ Upstream walks over the latent frames in Python and remembers the last frames of
 one `lax.scan` with that list as its carry, and a short clip can be run whole. Both are the same function.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.models.family import Architecture, KeyRule
 from smartdiff_jax.models.layers import wide_attention
 from smartdiff_jax.models.vae.causal_conv import CausalConv3d, Conv2d, Memory, RMSNorm, WholeClip, run_chunks
+from smartdiff_jax.sharding.windows import WHOLE, Windows, halos
 
+REACH = 2  # rows of its input, on either side, that a residual block sees
 RESIDUAL_GAIN = 0.1  # of what a fresh residual branch adds: a deep stack starts close to the identity
 
 _WAN_MEAN = (
@@ -138,9 +141,13 @@ class AttentionBlock(nnx.Module):
         self.to_qkv = Linear(dim, 3 * dim, rngs)
         self.proj = Linear(dim, dim, rngs, gain=RESIDUAL_GAIN)
 
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        b, t, h, w, c = x.shape
-        q, k, v = jnp.split(self.to_qkv(self.norm(x, silu=False)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
+    def __call__(self, x: Float[Array, "b t h w c"], windows: Windows = WHOLE) -> Float[Array, "b t h w c"]:
+        """Of windows without a halo."""
+        b, t, _, _, c = x.shape
+        # Gathered before it is projected: keys and values are two of it.
+        whole = windows.gathered(self.norm(x, silu=False))
+        q, k, v = jnp.split(self.to_qkv(whole), 3, axis=-1)
+        q, k, v = (pixels.reshape(b * t, -1, c) for pixels in (windows.cut(q), k, v))
         return x + self.proj(wide_attention(q, k, v)).reshape(x.shape)
 
 
@@ -151,8 +158,13 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim, rngs) for _ in range(2)])
         self.attentions = nnx.List([AttentionBlock(dim, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w c"], memory: Memory) -> Float[Array, "b t h w c"]:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, memory)), memory)
+    def __call__(
+        self, x: Float[Array, "b t h w c"], memory: Memory, windows: Windows = WHOLE, halo: int = 0
+    ) -> tuple[Float[Array, "b t h2 w2 c"], Windows]:
+        """halo: of the windows that come out."""
+        x, windows = windows.crop(self.resnets[0](x, memory), 0)
+        x, windows = windows.refreshed(self.attentions[0](x, windows), halo + REACH)
+        return windows.crop(self.resnets[1](x, memory), halo)
 
 
 class Downsample(nnx.Module):
@@ -201,7 +213,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(memory.extend(x, 2))
         for block in self.down_blocks:
             x = block(x, memory)
-        x = self.mid_block(x, memory)
+        x, _ = self.mid_block(x, memory)
         return self.conv_out(memory.extend(self.norm_out(x, silu=True, real=memory.real(x)), 2))
 
 
@@ -213,10 +225,16 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(i, o, rngs) for i, o in zip(dims[:-1], dims[1:], strict=True)])
         self.upsamplers = nnx.List([] if temporal is None else [Upsample(out_dim, temporal, rngs)])
 
-    def __call__(self, x: Float[Array, "b t h w i"], memory: Memory) -> Float[Array, "b t2 h2 w2 o"]:
-        for block in (*self.resnets, *self.upsamplers):
+    def __call__(
+        self, x: Float[Array, "b t h w i"], memory: Memory, windows: Windows = WHOLE, halo: int = 0
+    ) -> tuple[Float[Array, "b t2 h2 w2 o"], Windows]:
+        """halo: of the windows behind the residual blocks, which the step doubles."""
+        for block in self.resnets:
             x = block(x, memory)
-        return x
+        x, windows = windows.crop(x, halo)
+        for step in self.upsamplers:
+            x, windows = step(x, memory), windows.doubled()
+        return x, windows
 
 
 class Decoder(nnx.Module):
@@ -235,11 +253,15 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3, 3, rngs)
 
-    def __call__(self, x: Float[Array, "b t h w i"], memory: Memory) -> Float[Array, "b t2 h2 w2 o"]:
-        x = self.mid_block(self.conv_in(memory.extend(x, 2)), memory)
-        for block in self.up_blocks:
-            x = block(x, memory)
-        return self.conv_out(memory.extend(self.norm_out(x, silu=True, real=memory.real(x)), 2))
+    def __call__(self, x: Float[Array, "b t h w i"], memory: Memory, windows: Windows = WHOLE) -> Float[Array, "b t2 h2 w2 o"]:
+        """x is whole; what comes out is the device's own piece."""
+        behind, ahead = halos([REACH * len(block.resnets) for block in self.up_blocks])
+        windows = windows.with_halo(1 + REACH)
+        x, windows = self.mid_block(self.conv_in(memory.extend(windows.cut(x), 2)), memory, windows, ahead)
+        for block, halo in zip(self.up_blocks, behind, strict=True):
+            x, windows = block(x, memory, windows, halo)
+        x = self.conv_out(memory.extend(self.norm_out(x, silu=True, real=memory.real(x)), 2))
+        return windows.own(x)
 
 
 class WanVAE(nnx.Module):
@@ -266,19 +288,21 @@ class WanVAE(nnx.Module):
         mean, std = self._statistics()
         return latents * std + mean
 
-    def decode(self, latents: Float[Array, "b c f h w"], *, chunk: int | None = 1) -> Float[Array, "b frames height width rgb"]:
-        """Normalised latents to 1 + (f - 1) * temporal_stride frames."""
+    def decode(
+        self, latents: Float[Array, "b c f h w"], *, chunk: int | None = 1, windows: Windows = WHOLE
+    ) -> Float[Array, "b frames height width rgb"]:
+        """Normalised latents, whole, to 1 + (f - 1) * temporal_stride frames, or to the device's piece of them."""
         x = jnp.moveaxis(self.denormalize(latents), 1, -1)
         x = self.post_quant_conv(x.astype(self.post_quant_conv.kernel.dtype))
         frames, stride = x.shape[1], self.config.temporal_stride
         if frames == 1:
-            pixels = self._for_still()._decode(x, Still())
+            pixels = self._for_still()._decode(x, Still(), windows)
         elif stride == 0:
             raise InvalidRequest("frames", frames, "give 1: this autoencoder is one for pictures")
         elif chunk is None or frames <= chunk:
-            pixels = self._decode(x, WholeClip())
+            pixels = self._decode(x, WholeClip(), windows)
         else:
-            pixels = run_chunks(self._decode, _pad_frames(x, 0, -frames % chunk), chunk, chunk)
+            pixels = run_chunks(partial(self._decode, windows=windows), _pad_frames(x, 0, -frames % chunk), chunk, chunk)
             pixels = pixels[:, stride - 1 : frames * stride]
         return pixels
 
@@ -305,8 +329,8 @@ class WanVAE(nnx.Module):
         mean, logvar = jnp.split(jnp.moveaxis(self.quant_conv(x), -1, 1), 2, axis=1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def _decode(self, x: Float[Array, "b t h w c"], memory: Memory) -> Float[Array, "b t2 h2 w2 rgb"]:
-        pixels = self.decoder(x, memory)
+    def _decode(self, x: Float[Array, "b t h w c"], memory: Memory, windows: Windows) -> Float[Array, "b t2 h2 w2 rgb"]:
+        pixels = self.decoder(x, memory, windows)
         return jnp.clip(pixels, -1.0, 1.0) if self.config.clip_output else pixels
 
     def _for_still(self) -> "WanVAE":
