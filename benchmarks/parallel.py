@@ -72,6 +72,7 @@ class WithoutAttention:
     """`Attend` that hands queries back: what is left of a step."""
 
     whole = False
+    gather = None
 
     def for_length(self, num_tokens):
         return self
@@ -140,7 +141,8 @@ class Bench:
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
-            attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, batch=layout.batch_axes, parts=case.parts)
+            options: Any = dict(ring=case.ring, parts=case.parts, fsdp=case.mesh.fsdp)
+            attend = wrap(ATTENTION[self.attention], mesh, batch=layout.batch_axes, **options)
         architecture = model.family.architectures["transformer"]
         place = _placement("transformer", mesh, case.mesh)
         weights = random_state(architecture, model.configs["transformer"], self.dtype, 0, place)

@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, Int
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
+from smartdiff_jax.sharding.mesh import SEQUENCE
 from smartdiff_jax.sharding.ring import KV, Part, merge, own_and_remote, own_chunk, ring_attention
 from smartdiff_jax.sharding.ulysses import (
     attend_in_parts,
@@ -42,8 +43,7 @@ from smartdiff_jax.sharding.ulysses import (
     split_sequence,
     split_sequence_of_lse,
 )
-
-SEQUENCE = ("ring", "ulysses")
+from smartdiff_jax.sharding.weights import gather_weight
 
 RingMode = Literal["permute", "gather"]
 TextMode = Literal["replicated", "split"]
@@ -92,6 +92,10 @@ class LocalAttend:
     def whole(self) -> bool:
         return self._num_tokens is None
 
+    @property
+    def gather(self) -> None:
+        return None
+
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
         return LocalAttend(self._kernel, num_tokens)
@@ -128,6 +132,7 @@ class MeshAttend:
         is divided: the partitioner follows the placement. "replicated" hands it whole to every device. None: "split"
         where the text divides evenly; padded rows could not be cut off again without moving all others.
     batch: the axes that the batch is split over.
+    fsdp: blocks' weights are cut over the sequence axes too, and have to be gathered.
     parts: in how many parts Ulysses exchanges a device's heads, a divisor of them; None: as the messages' sizes say.
     num_tokens: how many tokens count (see `for_length`); None if all do.
 
@@ -142,11 +147,16 @@ class MeshAttend:
     text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
     parts: int | None = None
+    fsdp: bool = False
     num_tokens: NumTokens | None = None
 
     @property
     def whole(self) -> bool:
         return False
+
+    @property
+    def gather(self) -> Callable[[str, Array], Array] | None:
+        return partial(gather_weight, self.mesh) if self.fsdp else None
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":
         """This attention for token axes padded behind `num_tokens`, which may be traced.
@@ -351,6 +361,7 @@ def wrap(
     text: TextMode | None = None,
     batch: tuple[str, ...] = ("data",),
     parts: int | None = None,
+    fsdp: bool = False,
 ) -> LocalAttend | MeshAttend:
     """`kernel` made to serve arrays laid out on `mesh`; the options are `MeshAttend`'s.
 
@@ -359,7 +370,7 @@ def wrap(
 
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
-    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch, parts)
+    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch, parts, fsdp)
 
 
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:
