@@ -66,6 +66,8 @@ def plan(
     fields = proposal.best.mesh.model_dump(exclude_defaults=True) or {"data": 1}
     for field, value in fields.items():
         print(f"  {field}: {str(value).lower()}")
+    if proposal.best.residency != "all":
+        print(f"residency: {proposal.best.residency}")
 
 
 def describe_plan(work: "Workload", plan: "Plan", single: "Plan", dtype: str, memory: float) -> list[tuple[str, str]]:
@@ -115,6 +117,12 @@ def describe_proposal(work: "Workload", proposal: "Proposal", memory: float, out
         f"a step takes {_step(best, proposal.single, outputs)}",
         f"a device holds {best.peak / GB:.1f} GB at most and sends {sum(best.traffic.values()) / 1e6:,.0f} MB a step",
     ]
+    if best.residency == "stage":
+        host = sum(best.weights.values()) * best.mesh.num_devices
+        lines.append(
+            "no mesh holds all components at once: one at a time, the others in pinned memory of the host, "
+            f"{host / GB:.1f} GB of it; a request moves every component once, which the step does not count"
+        )
     slower = [f"{name_of(plan.mesh)} {_ms(plan.step(outputs))}" for plan in proposal.others[:SHOWN]]
     too_big = [f"{name_of(plan.mesh)} {plan.peak / GB:.1f} GB" for plan in proposal.too_big[:SHOWN]]
     impossible = [f"{name} ({reason})" for name, reason in proposal.impossible.items()]

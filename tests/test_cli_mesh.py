@@ -60,7 +60,13 @@ def test_check_in_float32_predicts_no_time(smartdiff, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--devices", "8", *WAN], ["--devices", "4", "-m", "flux1-dev", "--memory", "20"], ["--devices", "1", *WAN]]
+    "arguments",
+    [
+        ["--devices", "8", *WAN],
+        ["--devices", "4", "-m", "flux1-dev", "--memory", "20"],
+        ["--devices", "1", *WAN],
+        ["--devices", "1", "-m", "flux1-dev", "--memory", "24"],
+    ],
 )
 def test_a_proposal_is_a_file_that_passes(smartdiff, tmp_path, arguments):
     code, out, err = smartdiff("mesh", "plan", *arguments)
@@ -83,6 +89,20 @@ def test_a_proposal_says_why(smartdiff):
     assert "# slower: " in out and "# impossible: ulysses=8 (must divide the model's 12 heads)" in out
     _, out, _ = smartdiff("mesh", "plan", "--devices", "2", "-m", "flux1-dev", "--memory", "20")
     assert "# too big: " in out and "fsdp: true" in out
+
+
+def test_one_component_at_a_time_where_nothing_else_fits(smartdiff):
+    """FLUX.1 on a card of 24 GB; with room for all there is no word of it."""
+    code, out, err = smartdiff("mesh", "plan", "--devices", "1", "-m", "flux1-dev", "--memory", "24")
+    assert code == 0, err
+    assert (
+        "\nresidency: stage" in out and "# no mesh holds all components at once" in out and "# too big: one device 37." in out
+    )
+    _, out, _ = smartdiff("mesh", "plan", "--devices", "1", "-m", "flux1-dev", "--memory", "80")
+    assert "residency" not in out and "at once" not in out
+    # Where several devices hold everything with their weights cut, that is the better way.
+    _, out, _ = smartdiff("mesh", "plan", "--devices", "4", "-m", "flux1-dev", "--memory", "20")
+    assert "residency" not in out and "fsdp: true" in out
 
 
 def test_a_proposal_for_several_outputs(smartdiff):
@@ -116,8 +136,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(smartdiff, tmp_path, content, a
 
 
 def test_no_mesh_fits(smartdiff):
-    code, out, err = smartdiff("mesh", "plan", "--devices", "2", "-m", "wan2.2-t2v-a14b", "--memory", "24")
-    assert code == 2 and out == "" and "memory=24.0" in err and "use more devices" in err
+    code, out, err = smartdiff("mesh", "plan", "--devices", "2", "-m", "wan2.2-t2v-a14b", "--memory", "8")
+    assert code == 2 and out == "" and "memory=8.0" in err and "use more devices" in err and "residency=stage" in err
 
 
 def test_files_are_read_by_every_command():

@@ -239,34 +239,46 @@ class Proposal:
 def propose(work: Workload, devices: int, memory: int, *, outputs: int = 1, rates: Rates = HOPPER) -> Proposal:
     """The fastest mesh of all `devices` for `outputs` at once, among those whose peak is at most `memory` bytes a device.
 
-    Weights are split over the sequence axes (fsdp) only where they would not fit otherwise.
+    Weights are split over the sequence axes (fsdp) only where they would not fit otherwise, and components are on the devices
+    one at a time (residency "stage") only where no mesh fits that holds them all.
     Raises InvalidConfig where none fits.
     """
+    fitting, too_big, impossible = _sorted_out(work, devices, memory, outputs, rates, "all")
+    if not fitting:
+        fitting, staged, _ = _sorted_out(work, devices, memory, outputs, rates, "stage")
+        if not fitting:
+            least = min(staged, key=lambda plan: plan.peak)
+            remedy = (
+                f"no mesh of {devices} devices fits, one component at a time either; the least is {least.peak / GB:.1f} GB a "
+                f"device with {name_of(least.mesh)} and residency=stage: use more devices, or larger ones"
+            )
+            raise InvalidConfig("memory", round(memory / CARD_GB, 1), remedy)
+    fitting.sort(key=lambda plan: (round(plan.step(outputs), 6), len(plan.traffic)))
+    best, *others = fitting
+    single = plan_mesh(work, MeshConfig(), rates=rates)
+    return Proposal(best, tuple(others), tuple(sorted(too_big, key=lambda plan: plan.peak)), impossible, single)
+
+
+def _sorted_out(
+    work: Workload, devices: int, memory: int, outputs: int, rates: Rates, residency: str
+) -> tuple[list[Plan], list[Plan], dict[str, str]]:
+    """Plans that fit, those that do not, and what is impossible and why."""
     fitting, too_big, impossible = [], [], {}
     for mesh in meshes(devices, outputs):
         if mesh.cfg > work.branches:
             impossible["cfg=2"] = f"{work.model} evaluates one branch a step"
             continue
         try:
-            plan = plan_mesh(work, mesh, rates=rates)
+            plan = plan_mesh(work, mesh, residency=residency, rates=rates)
         except InvalidConfig as error:
             if mesh.tensor == 1 or error.field == "mesh.tensor":
                 impossible[f"{error.field.removeprefix('mesh.')}={error.value}"] = error.remedy.partition(";")[0]
             continue
         if plan.peak > memory and mesh.ring * mesh.ulysses > 1:
-            plan = min(plan, plan_mesh(work, mesh.model_copy(update={"fsdp": True}), rates=rates), key=lambda plan: plan.peak)
+            split = plan_mesh(work, mesh.model_copy(update={"fsdp": True}), residency=residency, rates=rates)
+            plan = min(plan, split, key=lambda plan: plan.peak)
         (fitting if plan.peak <= memory else too_big).append(plan)
-    if not fitting:
-        least = min(too_big, key=lambda plan: plan.peak)
-        remedy = (
-            f"no mesh of {devices} devices fits; the least is {least.peak / GB:.1f} GB a device with {name_of(least.mesh)}: "
-            "use more devices, or larger ones"
-        )
-        raise InvalidConfig("memory", round(memory / CARD_GB, 1), remedy)
-    fitting.sort(key=lambda plan: (round(plan.step(outputs), 6), len(plan.traffic)))
-    best, *others = fitting
-    single = plan_mesh(work, MeshConfig(), rates=rates)
-    return Proposal(best, tuple(others), tuple(sorted(too_big, key=lambda plan: plan.peak)), impossible, single)
+    return fitting, too_big, impossible
 
 
 def meshes(devices: int, outputs: int = 1) -> list[MeshConfig]:

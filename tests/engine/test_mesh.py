@@ -61,6 +61,22 @@ def test_a_mesh_gives_the_picture_of_one_device(on_one_device, system, compiles,
     assert compiles.count == before
 
 
+def test_a_mesh_file(on_one_device, tmp_path):
+    """The file's path in the place of the mesh; it holds any system parameter, and so goes with no other."""
+    folder, reference = on_one_device("flux1")
+    file = tmp_path / "mesh.yaml"
+    file.write_text("mesh: {ring: 2, ulysses: 2}\ndtype: float32\n")
+    for path in (file, str(file)):
+        pipe = Pipeline.from_pretrained(folder, mesh=path)
+        assert pipe.system.mesh == MeshConfig(ring=2, ulysses=2)
+    out = pipe("a red fox", output_type="np", **REQUESTS["flux1"])
+    assert np.linalg.norm(out.frames - reference.frames) <= 1e-5 * np.linalg.norm(reference.frames)
+    with pytest.raises(InvalidConfig, match=r"mesh='.*mesh.yaml': is a file of system parameters, and `system` is given too"):
+        Pipeline.from_pretrained(folder, mesh=file, system=pipe.system)
+    with pytest.raises(InvalidConfig, match=r"absent.yaml.*cannot be read"):
+        Pipeline.from_pretrained(folder, mesh=tmp_path / "absent.yaml")
+
+
 def test_outputs_that_do_not_fill_the_data_axis(on_one_device, system):
     folder, reference = on_one_device("qwen-image")
     pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(data=2, ring=2))
