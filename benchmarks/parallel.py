@@ -163,7 +163,7 @@ class Bench:
             bounds = np.int32(index), np.int32(index + 1), np.int32(0)
             return jax.block_until_ready(run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens))
 
-        before = peak_gb(mesh)
+        before, known = peak_gb(mesh), set(map(id, mesh.devices.flat[0].client.live_executables()))
         seconds = []
         for index in range(1 + self.repeats):
             began = time.perf_counter()
@@ -182,6 +182,7 @@ class Bench:
             "max": max(seconds[1:]),
             "peak_gb": peak_gb(mesh),
             "peak_before_gb": before,
+            "program_gb": program_gb(mesh, known),
         } | traced
 
     def inputs(self, layout: Layout) -> tuple[Conditioning, jax.Array]:
@@ -341,6 +342,15 @@ def peak_gb(mesh: Mesh) -> list[float] | None:
     """Of each device, of the process so far; None where devices do not tell."""
     stats = [device.memory_stats() for device in mesh.devices.flat]
     return [entry["peak_bytes_in_use"] / 1e9 for entry in stats] if all(stats) else None
+
+
+def program_gb(mesh: Mesh, known: set[int]) -> dict[str, float]:
+    """What the largest executable needs of a device by its own account, of those that are not `known` by their ids."""
+    found = [each for each in mesh.devices.flat[0].client.live_executables() if id(each) not in known]
+    stats = [each.get_compiled_memory_stats() for each in found]
+    largest = max(stats, key=lambda each: each.temp_size_in_bytes)
+    results = largest.output_size_in_bytes - largest.alias_size_in_bytes
+    return {"arguments": largest.argument_size_in_bytes / 1e9, "besides": (largest.temp_size_in_bytes + results) / 1e9}
 
 
 def main() -> None:
