@@ -7,8 +7,9 @@
 Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts; Ulysses with its heads in 1, 2 and 3
 parts besides, and as the sizes of messages choose. Where the missing part goes: a step
 without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone, and with
---profile the kernels of a step. The links alone, and the decoder on one device and on all. Peaks of memory are of the process
-so far; a call of its own (--only MESH) measures the peak of one mesh.
+--profile the kernels of a step. The links alone, and the decoder on one device and on all, with how far their pixels are
+apart. Peaks of memory are of the process so far; a call of its own (--only MESH) measures the peak of one mesh; --only decoder
+is the decoder alone.
 Writes benchmarks/results/parallel-<model>-<device>.json after every measurement.
 """
 
@@ -135,6 +136,7 @@ class Bench:
         self.model, self.attention, self.repeats, self.profile = model, attention, repeats, profile
         self.work: Workload = workload(model, self.size)
         self.guided = self.work.branches > 1
+        self.pixels: list[np.ndarray] = []
 
     def step(self, case: Case, attend: Any = None, trace: bool = False) -> dict[str, Any]:
         """Seconds of one denoising step, all branches of guidance, with the sampler. peak_before_gb: of making the weights."""
@@ -269,7 +271,14 @@ class Bench:
         weights = random_state(architecture, self.model.configs["vae"], self.dtype, 0, place)
         stage = Decode(self.model.vae[0], Resident(weights), self.dtype, Layout(mesh))
         latents = np.random.default_rng(0).standard_normal(self.work.latent_shape, np.float32)
-        return time_call(stage, latents, repeats=self.repeats) | {"peak_gb": peak_gb(mesh)}
+        row = time_call(stage, latents, repeats=self.repeats) | {"peak_gb": peak_gb(mesh)}
+        self.pixels.append(np.asarray(stage(latents), np.float64))
+        return row
+
+    def psnr(self) -> float | None:
+        """Decibels between the last two decoded outputs, of 255 levels; None where they are equal."""
+        error = float(np.mean(np.square(self.pixels[-1] - self.pixels[-2])))
+        return float(10 * np.log10(255**2 / error)) if error else None
 
 
 def messages(mesh: Mesh, case: Case) -> Any:
@@ -385,7 +394,7 @@ def main() -> None:
         write(name, results)
 
     found = cases(devices, bench.work.num_heads, bench.guided) if devices > 1 else [Case("one", MeshConfig())]
-    known = [case.name for case in found]
+    known = [*(case.name for case in found), "decoder"]
     for only in arguments.only or ():
         if only not in known:
             raise SystemExit(f"--only {only!r}: choose of {', '.join(known)}")
@@ -411,13 +420,14 @@ def main() -> None:
         for row in results["meshes"].values():
             row["speed_up"] = single / row["step"]["median"]
         note("speed-up", {name: row["speed_up"] for name, row in results["meshes"].items()})
-    if arguments.only:
+    if "decoder" not in (arguments.only or known):
         return
-    if devices > 1:
+    if devices > 1 and not arguments.only:
         results["links"] = bench.links(devices)
         note("links", results["links"])
     results["decode"] = {str(count): bench.decode(count) for count in sorted({1, devices}, reverse=True)}
     results["decode"]["speed_up"] = results["decode"]["1"]["median"] / results["decode"][str(devices)]["median"]
+    results["decode"]["psnr_db"] = bench.psnr() if devices > 1 else None
     note("decode", results["decode"])
 
 
