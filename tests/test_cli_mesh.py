@@ -7,9 +7,26 @@ import pytest
 
 from smartdiff_jax.cli import main
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
+from smartdiff_jax.engine import planning
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WAN = ["-m", "wan2.1-t2v-1.3b", "--size", "832x480x81"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """What a command counts of a model at a size is counted once for all commands."""
+    count, counted = planning.workload, {}
+
+    def workload(model, size=None):
+        key = model.spec.name, model.dtype, size
+        if key not in counted:
+            counted[key] = count(model, size)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "workload", workload)
+        yield
 
 
 @pytest.fixture
