@@ -45,3 +45,35 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+
+# Files that share what is dear to make, a server or pipelines, run one after another in one worker.
+TOGETHER = {
+    "tests/serve/": "serve",
+    "tests/engine/test_mesh.py": "mesh",
+    "tests/engine/test_image_pipelines.py": "pictures",
+    "tests/engine/": "engine",
+    "tests/sharding/test_plan.py": "plans",
+    "tests/test_cli_mesh.py": "plans",
+}
+# What takes longest begins first, so that no worker has a long rest to itself at the end.
+FIRST = ["mesh", "engine", "tests/training/test_training.py", "serve", "pictures"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """xdist's own by file, but for these two tables."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return next((name for start, name in TOGETHER.items() if file.startswith(start)), file)
+
+        def _assign_work_unit(self, node):
+            for name in reversed(FIRST):
+                if name in self.workqueue:
+                    self.workqueue.move_to_end(name, last=False)
+            super()._assign_work_unit(node)
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
