@@ -314,7 +314,7 @@ def shrunk(model: LoadedModel, changes: dict[str, dict[str, Any]], dtype: Any) -
 
 KINDS = {
     "messages": ("nccl",),
-    "attention": ("sdpa", "fmha", "flash"),
+    "attention": ("sdpa", "fmha", "flash", "mosaic"),
     "matmuls": ("nvjet", "gemm", "cutlass"),
     "memcpy, memset": ("memcpy", "memset"),
 }
