@@ -4,8 +4,7 @@
     python benchmarks/parallel.py --model flux
     python benchmarks/parallel.py --model wan --tiny      anywhere, on 4 virtual devices, to see that it runs
 
-Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts; Ulysses with its heads in 1, 2 and 3
-parts besides, and as the sizes of messages choose. Where the missing part goes: a step
+Of each mesh a denoising step: seconds, speed-up, peak memory, and what the plan predicts. Where the missing part goes: a step
 without attention, one attention on the mesh, its kernel alone on one device's share, and its messages alone, and with
 --profile the kernels of a step. The links alone, and the decoder on one device and on all, with how far their pixels are
 apart. Peaks of memory are of the process so far; a call of its own (--only MESH) measures the peak of one mesh; --only decoder
@@ -44,7 +43,7 @@ from smartdiff_jax.sharding.context_parallel import SEQUENCE, factorise, padded_
 from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh  # noqa: E402
 from smartdiff_jax.sharding.plan import plan_mesh  # noqa: E402
-from smartdiff_jax.sharding.ulysses import attend_in_parts  # noqa: E402
+from smartdiff_jax.sharding.ulysses import split_heads, split_sequence  # noqa: E402
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E402
 from smartdiff_jax.stages.decode import Decode  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
@@ -73,7 +72,6 @@ class WithoutAttention:
     """`Attend` that hands queries back: what is left of a step."""
 
     whole = False
-    gather = None
 
     def for_length(self, num_tokens):
         return self
@@ -93,12 +91,11 @@ class WithoutAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A mesh to measure. ring: how keys and values get along the ring axis; parts: of Ulysses' heads (MeshAttend)."""
+    """A mesh to measure. ring: how keys and values get along the ring axis (MeshAttend)."""
 
     name: str
     mesh: MeshConfig
     ring: Any = "permute"
-    parts: int | None = None
 
 
 def cases(devices: int, heads: int, guided: bool) -> list[Case]:
@@ -108,11 +105,6 @@ def cases(devices: int, heads: int, guided: bool) -> list[Case]:
     found = [
         Case(f"{most} fsdp", MeshConfig(ring=ring, ulysses=ulysses, fsdp=True)),
         Case(most, MeshConfig(ring=ring, ulysses=ulysses)),
-        *[
-            Case(f"{most} parts={parts}", MeshConfig(ring=ring, ulysses=ulysses), parts=parts)
-            for parts in (1, 2, 3)
-            if ulysses > 1 and heads // ulysses % parts == 0
-        ],
         Case(f"ring={devices}", MeshConfig(ring=devices)),
         Case(f"ring={devices} gather", MeshConfig(ring=devices), "gather"),
     ]
@@ -143,8 +135,7 @@ class Bench:
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
-            options: Any = dict(ring=case.ring, parts=case.parts, fsdp=case.mesh.fsdp)
-            attend = wrap(ATTENTION[self.attention], mesh, batch=layout.batch_axes, **options)
+            attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, batch=layout.batch_axes)
         architecture = model.family.architectures["transformer"]
         place = _placement("transformer", mesh, case.mesh)
         weights = random_state(architecture, model.configs["transformer"], self.dtype, 0, place)
@@ -208,7 +199,7 @@ class Bench:
         calls, mesh = self.work.split_attention[0], make_mesh(case.mesh)
         pieces = case.mesh.ring * case.mesh.ulysses
         length = padded_length(self.work.tokens + calls.text, mesh)
-        attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring, parts=case.parts)
+        attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring)
         kernel = ATTENTION[self.attention]
         heads, queries = calls.heads // case.mesh.ulysses, length // case.mesh.ring
         keys = length if case.ring == "gather" else queries
@@ -297,7 +288,9 @@ def messages(mesh: Mesh, case: Case) -> Any:
             return out + kv[0] + kv[1]
 
         stream = QKV(q, k, v)
-        return attend_in_parts(along_ring, stream, "ulysses", case.parts or 1) if ulysses > 1 else along_ring(stream)
+        if ulysses == 1:
+            return along_ring(stream)
+        return split_sequence(along_ring(QKV(*(split_heads(x, "ulysses") for x in stream))), "ulysses")
 
     spec = PartitionSpec(None, SEQUENCE)
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -410,7 +403,7 @@ def main() -> None:
         note(case.name, row)
         if not case.mesh.fsdp and not arguments.only:
             # The same on every mesh that splits tokens.
-            if case.mesh.ring == 1 and case.parts is None:
+            if case.mesh.ring == 1:
                 row["without_attention"] = bench.step(case, WithoutAttention())
             if case.mesh.cfg == 1 and case.mesh.num_devices > 1:
                 row["attention"] = bench.attention_parts(case)

@@ -94,7 +94,6 @@ class CountedAttend:
     """`Attend` whose calls stand by name in a jaxpr. What comes out has the right shape and no meaning."""
 
     whole = False
-    gather = None
 
     def self_attention(self, tokens):
         return _named("self", lambda q, k, v: q + k + v)(*tokens)

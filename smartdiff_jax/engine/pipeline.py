@@ -103,7 +103,7 @@ class Pipeline:
             remedy = f"{model.spec.name} has no negative branch to split off; use 1, and more ring, ulysses or data"
             raise InvalidConfig("mesh.cfg", system.mesh.cfg, remedy)
         hold = holder(system.residency)
-        attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes, fsdp=system.mesh.fsdp)
+        attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes)
         self._text = TextEncode(
             [
                 PromptEncoder(

@@ -1,6 +1,5 @@
 """The one contract of every attention kernel."""
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
@@ -47,11 +46,6 @@ class Attend(Protocol):
     @property
     def whole(self) -> bool:
         """Whether no stream is split or padded, so that picture and text may be joined into one."""
-        ...
-
-    @property
-    def gather(self) -> Callable[[str, Array], Array] | None:
-        """Makes a block's parameter, of that dotted path, whole where a mesh has cut it (fsdp); None: none is."""
         ...
 
     def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:

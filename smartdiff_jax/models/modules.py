@@ -74,21 +74,7 @@ def scan_attending(blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T,
     """`scan_blocks` for blocks that attend: `call(block, hidden, attend)` is traced once."""
     if isinstance(attend, HeldModules):
         return attend.scan(blocks, lo, hi, call, hidden)
-    return scan_blocks(blocks, lo, hi, lambda block, hidden: call(gathered(block, attend), hidden, attend), hidden)
-
-
-def gathered(block: nnx.Module, attend: Attend) -> nnx.Module:
-    """A block with the weights that fsdp has cut whole again.
-
-    Said, and not left to the partitioner: it would rather gather the activations here and there, or add up parts of a product.
-    """
-    gather = attend.gather
-    if gather is None:
-        return block
-    graphdef, state = nnx.split(block)
-    leaves = nnx.to_flat_state(state)
-    whole = [(path, leaf.replace(gather(".".join(map(str, path)), leaf.get_value()))) for path, leaf in leaves]
-    return nnx.merge(graphdef, nnx.from_flat_state(whole))
+    return scan_blocks(blocks, lo, hi, lambda block, hidden: call(block, hidden, attend), hidden)
 
 
 class _Wrapped:
@@ -100,10 +86,6 @@ class _Wrapped:
     @property
     def whole(self):
         return self._attend.whole
-
-    @property
-    def gather(self):
-        return self._attend.gather
 
     def self_attention(self, tokens):
         return self._attend.self_attention(tokens)
@@ -137,7 +119,7 @@ class HeldModules(_Wrapped):
             hidden, held, at = carry
             own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), held)
             attend = self._of_block(own)
-            hidden = call(gathered(block, attend), hidden, attend)
+            hidden = call(block, hidden, attend)
             held = jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, at, 0), held, attend.held)
             return hidden, held, at + 1
 

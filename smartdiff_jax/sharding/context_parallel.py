@@ -7,7 +7,6 @@ batch over axes of the caller's choice. Attention alone runs inside shard_map, w
                   Ulysses: all-to-alls to some heads of all pieces along the axis, in order
                   ring: chunks of keys and values go round, or are gathered at once
                   Ulysses: an all-to-all back
-                  Ulysses' heads go in parts, so that one part travels while another attends
     cross, text   no communication: the text is whole on every device
 
 In joint attention the text is divided as the picture is: its queries, so that no work is done twice, and its keys, which
@@ -34,16 +33,10 @@ from jaxtyping import Array, Bool, Int
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, AttentionFn
 from smartdiff_jax.sharding.chunks import Chunks
-from smartdiff_jax.sharding.mesh import SEQUENCE
 from smartdiff_jax.sharding.ring import KV, Part, merge, own_and_remote, own_chunk, ring_attention
-from smartdiff_jax.sharding.ulysses import (
-    attend_in_parts,
-    default_parts,
-    split_heads,
-    split_sequence,
-    split_sequence_of_lse,
-)
-from smartdiff_jax.sharding.weights import gather_weight
+from smartdiff_jax.sharding.ulysses import split_heads, split_sequence, split_sequence_of_lse
+
+SEQUENCE = ("ring", "ulysses")
 
 RingMode = Literal["permute", "gather"]
 TextMode = Literal["replicated", "split"]
@@ -92,10 +85,6 @@ class LocalAttend:
     def whole(self) -> bool:
         return self._num_tokens is None
 
-    @property
-    def gather(self) -> None:
-        return None
-
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
         return LocalAttend(self._kernel, num_tokens)
@@ -132,8 +121,6 @@ class MeshAttend:
         is divided: the partitioner follows the placement. "replicated" hands it whole to every device. None: "split"
         where the text divides evenly; padded rows could not be cut off again without moving all others.
     batch: the axes that the batch is split over.
-    fsdp: blocks' weights are cut over the sequence axes too, and have to be gathered.
-    parts: in how many parts Ulysses exchanges a device's heads, a divisor of them; None: as the messages' sizes say.
     num_tokens: how many tokens count (see `for_length`); None if all do.
 
     Called within a shard_map over other axes than the sequence's (say "cfg"), it is one over the rest.
@@ -146,17 +133,11 @@ class MeshAttend:
     ring: RingMode = "permute"
     text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
-    parts: int | None = None
-    fsdp: bool = False
     num_tokens: NumTokens | None = None
 
     @property
     def whole(self) -> bool:
         return False
-
-    @property
-    def gather(self) -> Callable[[str, Array], Array] | None:
-        return partial(gather_weight, self.mesh) if self.fsdp else None
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":
         """This attention for token axes padded behind `num_tokens`, which may be traced.
@@ -249,7 +230,8 @@ class MeshAttend:
             q, k, v = (split_heads(x, "ulysses") for x in piece) if ulysses > 1 else piece
             out, held = self._with_remote(q, self._arranged(k, v, chunks), chunks, held, fresh)
         elif ulysses > 1:
-            out = attend_in_parts(lambda whole: self._attend(whole, chunks), piece, "ulysses", self._parts(piece.q))
+            whole = QKV(*(split_heads(x, "ulysses") for x in piece))
+            out = split_sequence(self._attend(whole, chunks), "ulysses")
         else:
             out = self._attend(piece, chunks)
         if text is None:
@@ -272,15 +254,6 @@ class MeshAttend:
     def _arranged(self, k: Array, v: Array, chunks: Chunks) -> KV:
         own = lax.axis_index("ring")
         return chunks.arrange(k, own), chunks.arrange(v, own)
-
-    def _parts(self, piece: Array) -> int:
-        """For messages of `piece` [b, s, h, d], a device's queries, keys or values before they are exchanged."""
-        ulysses = self.mesh.shape["ulysses"]
-        heads = piece.shape[2] // ulysses
-        parts = default_parts(piece.nbytes // ulysses * (ulysses - 1), heads) if self.parts is None else self.parts
-        if heads % parts:
-            raise InvalidConfig("parts", parts, f"must divide the {heads} heads that a device attends with")
-        return parts
 
     def _with_remote(self, q: Array, kv: KV, chunks: Chunks, held: "Remote", fresh: Any) -> tuple[Array, "Remote"]:
         """Attention of a device's queries by its own keys and the others', split along the sequence as what is held is."""
@@ -360,8 +333,6 @@ def wrap(
     ring: RingMode = "permute",
     text: TextMode | None = None,
     batch: tuple[str, ...] = ("data",),
-    parts: int | None = None,
-    fsdp: bool = False,
 ) -> LocalAttend | MeshAttend:
     """`kernel` made to serve arrays laid out on `mesh`; the options are `MeshAttend`'s.
 
@@ -370,7 +341,7 @@ def wrap(
 
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
-    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch, parts, fsdp)
+    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch)
 
 
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:

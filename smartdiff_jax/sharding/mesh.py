@@ -10,8 +10,6 @@ from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.errors import InvalidConfig
 
 AXES = ("data", "cfg", "ring", "ulysses", "tensor")
-SEQUENCE = ("ring", "ulysses")
-"""The axes that tokens are split over."""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:

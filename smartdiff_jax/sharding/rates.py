@@ -42,9 +42,9 @@ class Rates:
 
 
 HOPPER = Rates(
-    # Measured, H100, in steps of Wan2.1-1.3B at 832x480x81 and FLUX.1-dev at 1024x1024: cuDNN from JAX 558 and 610, cuBLAS 754
-    # and 710 to 780; what they leave is 36e-12 and 25e-12.
-    attention=570e12,
+    # Measured, H100, at the sizes of Wan2.1-1.3B, 832x480x81, and FLUX.1-dev, 1024x1024: pallas_flash 699 and 605; in steps of
+    # the two cuBLAS 754 and 710 to 780, and what both leave is 36e-12 and 25e-12.
+    attention=690e12,
     matmul=750e12,
     elementwise=34e-12,
     memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
@@ -58,5 +58,5 @@ HOPPER = Rates(
     reserved=6 * 10**8,  # assumed
     buffers=14 * 10**8,  # assumed
 )
-"""H100 and H200, whose arithmetic is alike. On two H100 these rates give steps of Wan2.1-1.3B to 4 %, of FLUX.1-dev
-to 1 % on one and 7 % on two, 8 % with fsdp (docs/parallelism.md), with a kernel that serves the mesh at full speed."""
+"""H100 and H200, whose arithmetic is alike. On two H100 these rates give steps of Wan2.1-1.3B to 3 %, of FLUX.1-dev
+to 2 % on one and 5 % on two (docs/parallelism.md), with a kernel that serves the mesh at full speed."""

@@ -2,28 +2,24 @@
 
     tensor   projections into heads or hidden features are split by column, those out of them by row (Megatron-LM,
              arXiv 1909.08053): one reduction behind attention and one behind the feed-forward
-    fsdp     besides, a block's kernels are cut over the sequence axes along their first free axis, so that pieces lie behind
-             each other; a block gathers its own weights when its turn comes (models/modules.py)
+    fsdp     besides, a whole leaf is cut over the sequence axes along its widest free axis; a block gathers its own
+             weights when its turn comes, and the next block's come while it computes
 
-Blocks are stacked along a leading axis that is never cut: the scan takes one layer from every device. What is outside of blocks
-is used once in an evaluation and is small: fsdp leaves it whole, because what is gathered for a loop stays for all of it.
+Blocks are stacked along a leading axis that is never cut: the scan takes one layer from every device.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 
-import jax
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
 
-from smartdiff_jax.sharding.mesh import SEQUENCE
+from smartdiff_jax.sharding.context_parallel import SEQUENCE
 
 INTO = r"(?:.*\.)?(?:q|k|v|qkv|gate|up|linear_1|text_q|text_k|text_v)\.(?:kernel|bias)"
 OUT_OF = r"(?:.*\.)?(?:out|down|linear_2|text_out)\.kernel"
 SMALLEST = 2**16
-"""Parameters of a block under so many numbers are not worth a message: each device keeps its own."""
+"""Parameters under so many numbers are not worth a message: each device keeps its own."""
 
 ShardingFor = Callable[[str, tuple[int, ...]], NamedSharding]
 
@@ -40,31 +36,15 @@ def weight_sharding(mesh: Mesh, *, fsdp: bool = False, tensor: Sequence[str] = (
         axes = _dividing(mesh, tensor, shape[along]) if along is not None else ()
         if along is not None and axes:
             spec[along] = axes
-        if fsdp and is_stacked(path) and math.prod(shape[1:]) >= SMALLEST:
+        if fsdp and math.prod(shape) >= SMALLEST:
             rest = tuple(axis for axis in SEQUENCE if axis not in axes and mesh.shape[axis] > 1)
-            fitting = [i for i in range(1, len(shape)) if spec[i] is None and shape[i] % _size(mesh, rest) == 0]
+            free = [i for i in range(is_stacked(path), len(shape)) if spec[i] is None and _size(mesh, rest)]
+            fitting = [i for i in free if shape[i] % _size(mesh, rest) == 0]
             if rest and fitting:
-                spec[fitting[0]] = rest
+                spec[max(fitting, key=lambda i: shape[i])] = rest
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return place
-
-
-def gather_weight(mesh: Mesh, path: str, weight: Shaped[Array, "*n"]) -> Shaped[Array, "*n"]:
-    """A block's parameter, of its dotted path within the block, as it lies without fsdp. Itself where fsdp does not cut it."""
-    cut = weight_sharding(mesh, fsdp=True)(f"blocks.{path}", (1, *weight.shape)).spec[1:]
-    whole = weight_sharding(mesh)(path, weight.shape).spec
-    axes = [axis for axis in range(weight.ndim) if cut[axis] != whole[axis]]
-    if not axes:
-        return weight
-
-    def gather(piece: Array) -> Array:
-        # Gathers want their axis outermost in memory. Told of the stack that the piece was taken from, XLA would lay all of it
-        # anew, in a second copy; it does not look past the barrier.
-        return lax.all_gather(lax.optimization_barrier(piece), cut[axes[0]], axis=axes[0], tiled=True)
-
-    # A gathered array is the same on every device, which cannot be checked.
-    return jax.shard_map(gather, mesh=mesh, in_specs=PartitionSpec(*cut), out_specs=whole, check_vma=False)(weight)
 
 
 def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:

@@ -15,7 +15,6 @@ from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.sharding.context_parallel import LocalAttend, MeshAttend, factorise, padded_length, wrap
 from smartdiff_jax.sharding.mesh import AXES
 from smartdiff_jax.sharding.ring import merge
-from smartdiff_jax.sharding.ulysses import default_parts
 
 SEQUENCE = ("ring", "ulysses")
 HEADS, HEAD_DIM = 4, 8
@@ -150,43 +149,6 @@ def test_self_attention_communicates_as_said(axes, ring, expected):
     theirs = compiled(local.self_attention)(tokens)
     tokens = placed(mesh, tokens, "data", SEQUENCE, "tensor")
     assert collectives(attend.self_attention, (tokens,), theirs) == expected
-
-
-PARTS = [({"ulysses": 2}, 3), ({"ulysses": 2}, 2), ({"ulysses": 2, "ring": 2, "data": 2}, 6), ({"ulysses": 4, "tensor": 2}, 1)]
-
-
-@pytest.mark.parametrize("axes, parts", PARTS, ids=str)
-@pytest.mark.parametrize("length", [13, 16])
-def test_heads_in_parts(axes, parts, length):
-    """Four messages a part, and the result and its placement of one: with text, of a prime length and of one that divides."""
-    mesh = mesh_of(**axes)
-    attend = wrap(xla_attention, mesh, parts=parts)
-    tokens, text = streams(length, TEXT, heads=12 if axes.get("tensor", 1) == 1 else 8)
-    assert_close(run(attend, tokens, text, TEXT_LENGTH), run(local, tokens, text, TEXT_LENGTH))
-    if length == 16:
-        tokens = placed(mesh, tokens, "data", SEQUENCE, "tensor")
-        theirs = compiled(local.self_attention)(tokens)
-        rings = {"collective-permute": 2 * parts} if "ring" in axes else {}
-        assert collectives(attend.self_attention, (tokens,), theirs) == {"all-to-all": 4 * parts} | rings
-        out = jax.jit(attend.self_attention)(tokens)
-        assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", SEQUENCE, "tensor")), 4)
-
-
-def test_parts_by_size():
-    """Wan2.1-1.3B's messages are worth parts; short ones and heads that no part divides are not."""
-    assert default_parts(25 << 20, 6) == 2
-    assert default_parts(25 << 20, 3) == 3
-    assert default_parts(25 << 20, 5) == default_parts(1 << 20, 6) == 1
-    tokens, _ = streams(16, 8, heads=12)
-    with pytest.raises(InvalidConfig, match=r"parts=4: must divide the 6 heads"):
-        jax.eval_shape(wrap(xla_attention, mesh_of(ulysses=2), parts=4).self_attention, tokens)
-
-
-def test_parts_are_tied_to_each_other():
-    """Attention of a part waits until the next one's messages are on their way, and the last's go back beside it."""
-    tokens, _ = streams(16, 8, heads=12)
-    text = jax.jit(wrap(xla_attention, mesh_of(ulysses=2), parts=3).self_attention).lower(tokens).as_text()
-    assert text.count("optimization_barrier") == 2 + 3
 
 
 def test_masks_communicate_nothing():
