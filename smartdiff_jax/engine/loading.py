@@ -22,6 +22,7 @@ from smartdiff_jax.engine.calibration import FILE as CALIBRATION
 from smartdiff_jax.engine.calibration import calibration_files, read_calibration
 from smartdiff_jax.engine.compilation import keep_executables
 from smartdiff_jax.errors import CheckpointError, InvalidConfig
+from smartdiff_jax.kernels.hopper import import_ahead
 from smartdiff_jax.models.families import FAMILIES, Family, family_of_pipeline
 from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.models.patches import Patches
@@ -111,6 +112,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
     """Find the weights, read their numbers, place them. See Pipeline.from_pretrained for what `model` may be."""
     keep_executables(system.cache_dir / "executables")
     mesh = make_mesh(system.mesh)
+    import_ahead()
     dtype = resolve_dtype(system.dtype)
     folder, spec = locate(model, weights, system.cache_dir)
     family = FAMILIES[spec.family]

@@ -1,5 +1,9 @@
 """What the kernels for Hopper GPUs need of a call, and how its arrays are brought into shape for them."""
 
+import contextlib
+import importlib
+import threading
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
@@ -13,8 +17,7 @@ def require_hopper(kernel: str, q: Shaped[Array, "b s h d"]) -> None:
     """Raises `Unsupported` unless q is half precision with a head dim of HEAD_DIMS, the device a Hopper GPU and JAX 0.11."""
     if jax.__version_info__ < (0, 11):
         raise Unsupported(f"{kernel} needs JAX 0.11 or newer, this is {jax.__version__}")
-    capability = getattr(jax.devices()[0], "compute_capability", None) if jax.default_backend() == "gpu" else None
-    if capability is None or not str(capability).startswith("9."):
+    if not _is_hopper():
         raise Unsupported(f"{kernel} needs a Hopper GPU (compute capability 9.0), not {jax.devices()[0].device_kind}")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"{kernel} needs bfloat16 or float16, not {q.dtype}")
@@ -31,3 +34,23 @@ def pad_tokens(x: Shaped[Array, "b n h d"], multiple: int = 8) -> Shaped[Array, 
 def cluster_size(queries: int) -> int:
     """Blocks of 128 queries that fetch keys and values together: two wherever there are two."""
     return 2 if queries > 128 else 1
+
+
+def import_ahead() -> threading.Thread | None:
+    """Where Mosaic's kernels can run, begins their import, which takes a second or two, beside the loading of weights."""
+    if jax.__version_info__ < (0, 11) or not _is_hopper():
+        return None
+
+    def run() -> None:
+        with contextlib.suppress(Exception):  # the kernel that is called imports again, and says what is wrong
+            importlib.import_module("smartdiff_jax.kernels.mosaic.flash")
+
+    thread = threading.Thread(target=run, name="import of kernels", daemon=True)
+    thread.start()
+    return thread
+
+
+def _is_hopper() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")

@@ -2,6 +2,7 @@
 lose what 8 bits lose. On a GPU `benchmarks/attention.py --check` runs the kernels themselves."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,16 @@ def test_what_they_do_not_serve(monkeypatch, name, q, words):
     Hopper.compute_capability, Hopper.device_kind = "8.9", "NVIDIA L4"
     with pytest.raises(Unsupported, match="not NVIDIA L4"):
         hopper.require_hopper(name, Q)
+
+
+@needs_jax_011
+def test_the_import_goes_ahead_where_it_is_of_use(monkeypatch):
+    assert hopper.import_ahead() is None
+    monkeypatch.setattr(hopper, "_is_hopper", lambda: True)
+    thread = hopper.import_ahead()
+    assert thread is not None
+    thread.join(60)
+    assert "smartdiff_jax.kernels.mosaic.flash" in sys.modules
 
 
 def test_auto_takes_the_first_that_serves(monkeypatch):
