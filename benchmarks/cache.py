@@ -43,9 +43,9 @@ from smartdiff_jax.cache.planner import between, make_plan  # noqa: E402
 from smartdiff_jax.config.model import known_models  # noqa: E402
 from smartdiff_jax.config.request import GenerateParams  # noqa: E402
 from smartdiff_jax.engine.caching import executed_letters, skipped_share  # noqa: E402
-from smartdiff_jax.engine.comparison import psnr, ssim  # noqa: E402
 from smartdiff_jax.engine.pipeline import Inputs, Pipeline  # noqa: E402
 from smartdiff_jax.errors import InvalidRequest  # noqa: E402
+from smartdiff_jax.evaluation.metrics import psnr, ssim  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS, Schedule  # noqa: E402
 from smartdiff_jax.stages.base import jit_in  # noqa: E402
 

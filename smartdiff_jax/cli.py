@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smartdiff_jax import cli_bench, cli_mesh, cli_serve
+from smartdiff_jax import cli_bench, cli_eval, cli_mesh, cli_serve
 from smartdiff_jax.errors import InvalidRequest, SmartdiffError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(cli_mesh.app, name="mesh")
 cli_serve.add_to(app)
 cli_bench.add_to(app)
+cli_eval.add_to(app)
 console = Console(stderr=True)
 
 

@@ -9,9 +9,10 @@ import pytest
 from smartdiff_jax.config.request import GenerateParams
 from smartdiff_jax.engine.caching import executed_letters, policy_for, skipped_share
 from smartdiff_jax.engine.calibration import calibration_files, fit, inner_products, read_calibration
-from smartdiff_jax.engine.comparison import compare, psnr, ssim
+from smartdiff_jax.engine.comparison import compare
 from smartdiff_jax.engine.loading import load_model
 from smartdiff_jax.errors import CheckpointError, InvalidRequest
+from smartdiff_jax.evaluation.metrics import psnr, ssim
 from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.weights.folder import open_folder

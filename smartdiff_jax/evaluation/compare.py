@@ -1,0 +1,114 @@
+"""Folders of results against a reference, pair by pair: metrics with intervals, and a sheet to look at.
+
+Results are paired by their names. Intervals are 95 %, by bootstrap over pairs: how far off the mean might be with others.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.evaluation.files import media_in, read_media
+from smartdiff_jax.evaluation.metrics import LEAST_SIDE, METRICS, Clip, flicker
+
+RESAMPLES = 2000
+LABEL, SIDE, MOST_ROWS = 16, 192, 24
+"""Of a sheet, in pixels: the height of a label, the most of a picture's side; and how many pairs it shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over `count` pairs, and where it lies in 95 of 100 resamplings of them. Infinite where a pair is equal (PSNR)."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One folder against the reference: each pair's numbers by its name, and their means."""
+
+    place: str
+    pairs: dict[str, dict[str, float]]
+    means: dict[str, Interval]
+
+
+def evaluate(reference: Path, others: Sequence[Path], on_pair: Callable[[str], object] = lambda name: None) -> list[Setting]:
+    """Every one of `others` against `reference`: folders, or single files. Raises InvalidRequest where names do not pair up.
+
+    MS-SSIM is left out where a picture is too small for it. flicker is that of the other, flicker_change what it has more.
+    """
+    true = media_in(reference)
+    settings = []
+    for place in others:
+        found = media_in(place)
+        if place.is_file() and reference.is_file():
+            found = {"": place}
+        _check_names(reference, true, place, found)
+        pairs = {}
+        for name in true:
+            on_pair(f"{place.name}: {name or place.name}")
+            pairs[name or place.stem] = _numbers(read_media(true[name]), read_media(found[name]), found[name])
+        settings.append(Setting(str(place), pairs, _means(pairs)))
+    return settings
+
+
+def _check_names(reference: Path, true: dict[str, Path], place: Path, found: dict[str, Path]) -> None:
+    if missing := sorted(true.keys() ^ found.keys()):
+        few = ", ".join(name or "(a single file)" for name in missing[:5]) + (", …" if len(missing) > 5 else "")
+        remedy = f"{len(missing)} results are in only one of it and {reference}: {few}; give each the same names"
+        raise InvalidRequest("results", str(place), remedy)
+
+
+def _numbers(true: Clip, other: Clip, path: Path) -> dict[str, float]:
+    if true.shape != other.shape:
+        sizes = [f"{len(clip)} frames of {clip.shape[2]}x{clip.shape[1]}" for clip in (other, true)]
+        raise InvalidRequest("results", str(path), f"has {sizes[0]}, its reference {sizes[1]}; they must be the same")
+    served = [name for name in METRICS if name != "ms_ssim" or min(true.shape[1:3]) >= LEAST_SIDE]
+    row = {name: METRICS[name](true, other) for name in served}
+    if len(true) > 1:
+        row["flicker"] = flicker(other)
+        row["flicker_change"] = row["flicker"] - flicker(true)
+    return row
+
+
+def _means(pairs: dict[str, dict[str, float]]) -> dict[str, Interval]:
+    names = list(dict.fromkeys(name for row in pairs.values() for name in row))
+    found = {}
+    for name in names:
+        values = np.array([row[name] for row in pairs.values() if name in row])
+        picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+        low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975)) if np.isfinite(values).all() else (np.inf,) * 2
+        found[name] = Interval(float(values.mean()), float(low), float(high), len(values))
+    return found
+
+
+def contact_sheet(reference: Path, others: Sequence[Path]) -> UInt8[np.ndarray, "h w 3"]:
+    """A row a result, the first MOST_ROWS by name: the reference's middle frame, then every other's, each labelled."""
+    columns = [media_in(place) for place in (reference, *others)]
+    names = sorted(columns[0])[:MOST_ROWS]
+    cells = [[_middle(column[name]) for column in columns] for name in names]
+    width = max(cell.width for row in cells for cell in row)
+    height = max(cell.height for row in cells for cell in row) + LABEL
+    sheet = Image.new("RGB", (width * len(columns), LABEL + height * len(names)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, place in enumerate((reference, *others)):
+        draw.text((x * width + 2, 2), place.name, fill="black")
+    for y, (name, row) in enumerate(zip(names, cells, strict=True)):
+        draw.text((2, LABEL + y * height + 2), name, fill="black")
+        for x, cell in enumerate(row):
+            sheet.paste(cell, (x * width, 2 * LABEL + y * height))
+    return np.asarray(sheet)
+
+
+def _middle(path: Path) -> Image.Image:
+    frames = read_media(path)
+    picture = Image.fromarray(frames[len(frames) // 2])
+    picture.thumbnail((SIDE, SIDE))
+    return picture
