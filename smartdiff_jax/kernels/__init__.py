@@ -1,5 +1,7 @@
 """Attention on one device: one contract (`base.AttentionFn`), one file a kernel."""
 
+from collections.abc import Mapping
+
 from smartdiff_jax.errors import Unsupported
 from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.kernels.cudnn import cudnn_attention
@@ -12,26 +14,35 @@ PREFERENCE = {"pallas_flash": 1024, "cudnn": 0, "xla": 0}
 """What `attention: auto` tries for each shape, best first, and from how many keys on: with few, cuDNN is the faster one."""
 
 
-def auto_attention(q, k, v, *, kv_length=None, scale=None, with_lse=False):
-    """The first kernel of PREFERENCE that serves the call."""
-    reasons = []
-    for name, least_keys in PREFERENCE.items():
-        if k.shape[1] < least_keys:
-            continue
-        try:
-            return ATTENTION[name](q, k, v, kv_length=kv_length, scale=scale, with_lse=with_lse)
-        except Unsupported as error:
-            reasons.append(str(error))
-    raise Unsupported("; ".join(reasons))
+def first_of(preference: Mapping[str, int]) -> AttentionFn:
+    """The first kernel that serves a call, of names with the least keys from which each is asked."""
+
+    def auto_attention(q, k, v, *, kv_length=None, scale=None, with_lse=False):
+        reasons = []
+        for name, least_keys in preference.items():
+            if k.shape[1] < least_keys:
+                continue
+            try:
+                return ATTENTION[name](q, k, v, kv_length=kv_length, scale=scale, with_lse=with_lse)
+            except Unsupported as error:
+                reasons.append(str(error))
+        raise Unsupported("; ".join(reasons))
+
+    return auto_attention
 
 
 ATTENTION: Registry[AttentionFn] = Registry(
     "attention",
     {
-        "auto": auto_attention,
+        "auto": first_of(PREFERENCE),
         "pallas_flash": pallas_flash_attention,
         "pallas_sage": pallas_sage_attention,
         "cudnn": cudnn_attention,
         "xla": xla_attention,
     },
 )
+
+DIFFERENTIABLE: Registry[AttentionFn] = Registry(
+    "attention", {"auto": first_of({"cudnn": 0, "xla": 0}), "cudnn": cudnn_attention, "xla": xla_attention}
+)
+"""For training: kernels in Pallas have no gradient."""

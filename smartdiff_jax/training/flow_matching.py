@@ -20,7 +20,7 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from smartdiff_jax.kernels import ATTENTION
+from smartdiff_jax.kernels import DIFFERENTIABLE
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS
@@ -35,7 +35,7 @@ Rope = tuple[np.ndarray, np.ndarray]
 
 
 class DenoiserSettings(StageSettings):
-    """shift, sigma_mean, sigma_std: of the noise levels. attention: kernel, see `kernels.ATTENTION`.
+    """shift, sigma_mean, sigma_std: of the noise levels. attention: kernel, see `kernels.DIFFERENTIABLE`.
     recompute: keep only the outputs of matrix products for the backward pass; less memory traffic, more arithmetic.
 
     pool_size: clips kept, a multiple of part_calls * (batch size of the autoencoder). part_calls: batches encoded at once.
@@ -57,8 +57,8 @@ class DenoiserSettings(StageSettings):
 
 
 def attend_with(name: str) -> LocalAttend:
-    """A kernel by name, as a block calls it on one device."""
-    return LocalAttend(ATTENTION[name])
+    """A kernel with a gradient by name, as a block calls it on one device."""
+    return LocalAttend(DIFFERENTIABLE[name])
 
 
 def init(transformer: Component, text_encoder: Component, trainee: Trainee, seed: int) -> Params:

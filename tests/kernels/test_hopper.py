@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import AbstractMesh
 
 from smartdiff_jax.errors import Unsupported
-from smartdiff_jax.kernels import ATTENTION, PREFERENCE, auto_attention, hopper, pallas_flash, pallas_sage
+from smartdiff_jax.kernels import ATTENTION, DIFFERENTIABLE, PREFERENCE, hopper, pallas_flash, pallas_sage
 from smartdiff_jax.kernels.quantize import FP8_MAX, quantize
 
 needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -170,11 +170,16 @@ def test_auto_takes_the_first_that_serves(monkeypatch):
 
         return kernel
 
+    auto, trained = ATTENTION["auto"], DIFFERENTIABLE["auto"]
     monkeypatch.setattr(ATTENTION, "_entries", {name: refuse(name) for name in ATTENTION})
     for keys, expected in ((1024, ["pallas_flash", "cudnn", "xla"]), (1023, ["cudnn", "xla"])):
         asked.clear()
         x = jnp.ones((1, keys, 1, 64), jnp.bfloat16)
         with pytest.raises(Unsupported, match="cudnn is not asked for more; xla"):
-            auto_attention(x[:, :8], x, x)
+            auto(x[:, :8], x, x)
         assert asked == expected
-    assert "pallas_sage" not in PREFERENCE
+    asked.clear()
+    with pytest.raises(Unsupported):
+        trained(x, x, x)
+    # Kernels in Pallas have no gradient.
+    assert asked == ["cudnn", "xla"] and set(DIFFERENTIABLE) == {"auto", "cudnn", "xla"} and "pallas_sage" not in PREFERENCE
