@@ -9,6 +9,8 @@ from pathlib import Path
 # Before JAX starts. What is tested is which operations XLA is given, not how fast LLVM makes them: optimising machine code
 # that runs once takes most of a test's time (2.5 times as much for a picture on a mesh). Processes that tests start inherit it.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# To cut a program into parts, which threads compile beside each other, costs a fifth as much again; workers fill the cores.
+FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
 if platform.machine() in ("x86_64", "AMD64"):
     # XLA's older way from a fusion to LLVM, which passes MLIR by, compiles in 0.6 of the time again. It would put products and
     # sums together, in one program and not in another, where tests compare two programs to the bit: AVX alone has no such
