@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -69,9 +70,13 @@ class PromptEncoder:
             return text_states(source, nnx.merge(graphdef, weights), ids, mask).astype(dtype)
 
         self._encode = jit_in(dtype, encode)
-        ids = jax.ShapeDtypeStruct((1, source.max_length), jnp.int32)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weights.kept)
-        self.dim: int = jax.eval_shape(encode, shapes, ids, ids).shape[-1]
+
+    @cached_property
+    def dim(self) -> int:
+        """Width of the states. To know it, the encoder is traced; only states that a caller brings are held against it."""
+        ids = jax.ShapeDtypeStruct((1, self.source.max_length), jnp.int32)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._weights.kept)
+        return jax.eval_shape(self._encode, shapes, ids, ids).shape[-1]
 
     def tokenize(self, prompt: str) -> tuple[Int[np.ndarray, "1 l"], int]:
         """Token ids without padding, and how many there were before anything was cut off."""
