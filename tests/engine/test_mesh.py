@@ -1,10 +1,12 @@
 """Every family on meshes of 8 virtual devices: the picture of one device, whatever is split."""
 
+import jax
 import numpy as np
 import pytest
 import tiny_meshes
 
 from smartdiff_jax.config.system import MeshConfig
+from smartdiff_jax.engine import loading
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.families import FAMILIES
@@ -41,6 +43,33 @@ def on_one_device(tmp_path_factory, system):
     return get
 
 
+def places(weights):
+    """Which device holds which part of every array."""
+    return str([leaf.sharding.devices_indices_map(leaf.shape) for leaf in jax.tree.leaves(weights)])
+
+
+@pytest.fixture(scope="session")
+def on_a_mesh(on_one_device, system):
+    """A pipeline of a family on a mesh.
+
+    A text encoder or a VAE whose parts lie on the same devices is the same program, whatever the mesh calls its axes: such
+    pipelines share it, and only the denoiser is compiled for each. Weights come from the folder: to keep and restore them
+    takes longer, and has tests of its own.
+    """
+    text, decode = {}, {}
+
+    def get(family, **axes):
+        folder, _ = on_one_device(family)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "WeightStore", lambda root: None)
+            pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(**axes))
+        pipe._text = text.setdefault((family, places(pipe._model.text_encoders)), pipe._text)
+        pipe._decode = decode.setdefault((family, places(pipe._model.vae[1])), pipe._decode)
+        return pipe
+
+    return get
+
+
 # Models without guidance have no branches to give devices of their own.
 PAIRS = [
     (family, mesh) for family in FAMILIES for mesh in MESHES if "cfg" not in mesh or family in ("wan", "qwen-image", "z-image")
@@ -48,9 +77,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("family, mesh", PAIRS)
-def test_a_mesh_gives_the_picture_of_one_device(on_one_device, system, compiles, family, mesh):
-    folder, reference = on_one_device(family)
-    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(**MESHES[mesh]))
+def test_a_mesh_gives_the_picture_of_one_device(on_one_device, on_a_mesh, compiles, family, mesh):
+    _, reference = on_one_device(family)
+    pipe = on_a_mesh(family, **MESHES[mesh])
     out = pipe("a red fox", output_type="np", **REQUESTS[family])
     # Of the norm: guidance multiplies what float32 sums in another order differ by.
     assert np.linalg.norm(out.latents - reference.latents) <= 1e-5 * np.linalg.norm(reference.latents)
@@ -77,9 +106,9 @@ def test_a_mesh_file(on_one_device, tmp_path):
         Pipeline.from_pretrained(folder, mesh=tmp_path / "absent.yaml")
 
 
-def test_outputs_that_do_not_fill_the_data_axis(on_one_device, system):
-    folder, reference = on_one_device("qwen-image")
-    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(data=2, ring=2))
+def test_outputs_that_do_not_fill_the_data_axis(on_one_device, on_a_mesh):
+    _, reference = on_one_device("qwen-image")
+    pipe = on_a_mesh("qwen-image", data=2, ring=2)
     out = pipe("a red fox", output_type="np", num_outputs=3, **REQUESTS["qwen-image"])
     assert out.frames.shape[0] == out.latents.shape[0] == len(out.report.steps) == 3
     np.testing.assert_allclose(out.frames[:1], reference.frames, rtol=0, atol=1e-5)
@@ -103,9 +132,8 @@ def test_an_impossible_mesh_is_one_clear_error(on_one_device, system, family, me
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
-def test_weights_and_tokens_lie_as_declared(on_one_device, system):
-    folder, _ = on_one_device("qwen-image")
-    pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(ring=2, ulysses=2, tensor=2))
+def test_weights_and_tokens_lie_as_declared(on_a_mesh):
+    pipe = on_a_mesh("qwen-image", ring=2, ulysses=2, tensor=2)
     weights = pipe._model.denoisers[0]
     into, out_of = weights["blocks"]["text"]["k"]["kernel"], weights["blocks"]["text"]["out"]["kernel"]
     assert into[...].sharding.spec[-1] == "tensor" and out_of[...].sharding.spec[-2] == "tensor"
