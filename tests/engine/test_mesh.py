@@ -90,11 +90,11 @@ def test_a_mesh_gives_the_picture_of_one_device(on_one_device, on_a_mesh, compil
     assert compiles.count == before
 
 
-def test_a_mesh_file(on_one_device, tmp_path):
+def test_a_mesh_file(on_one_device, system, tmp_path):
     """The file's path in the place of the mesh; it holds any system parameter, and so goes with no other."""
     folder, reference = on_one_device("flux1")
     file = tmp_path / "mesh.yaml"
-    file.write_text("mesh: {ring: 2, ulysses: 2}\ndtype: float32\n")
+    file.write_text(f"mesh: {{ring: 2, ulysses: 2}}\ndtype: float32\ncache_dir: {system.cache_dir}\n")
     for path in (file, str(file)):
         pipe = Pipeline.from_pretrained(folder, mesh=path)
         assert pipe.system.mesh == MeshConfig(ring=2, ulysses=2)
