@@ -10,6 +10,7 @@ from smartdiff_jax.engine import loading
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.families import FAMILIES
+from smartdiff_jax.sharding import weights
 
 MESHES = {
     "ring8": dict(ring=8),
@@ -43,9 +44,9 @@ def on_one_device(tmp_path_factory, system):
     return get
 
 
-def places(weights):
+def places(arrays):
     """Which device holds which part of every array."""
-    return str([leaf.sharding.devices_indices_map(leaf.shape) for leaf in jax.tree.leaves(weights)])
+    return str([leaf.sharding.devices_indices_map(leaf.shape) for leaf in jax.tree.leaves(arrays)])
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +63,7 @@ def on_a_mesh(on_one_device, system):
         folder, _ = on_one_device(family)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loading, "WeightStore", lambda root: None)
+            patch.setattr(weights, "SMALLEST", 64)  # or these models would have nothing worth splitting
             pipe = Pipeline.from_pretrained(folder, system=system, mesh=MeshConfig(**axes))
         pipe._text = text.setdefault((family, places(pipe._model.text_encoders)), pipe._text)
         pipe._decode = decode.setdefault((family, places(pipe._model.vae[1])), pipe._decode)
@@ -80,6 +82,9 @@ PAIRS = [
 def test_a_mesh_gives_the_picture_of_one_device(on_one_device, on_a_mesh, compiles, family, mesh):
     _, reference = on_one_device(family)
     pipe = on_a_mesh(family, **MESHES[mesh])
+    if "fsdp" in MESHES[mesh]:
+        split = [leaf.size for leaf in jax.tree.leaves(pipe._model.denoisers) if not leaf.is_fully_replicated]
+        assert sum(split) > 0.9 * sum(leaf.size for leaf in jax.tree.leaves(pipe._model.denoisers))
     out = pipe("a red fox", output_type="np", **REQUESTS[family])
     # Of the norm: guidance multiplies what float32 sums in another order differ by.
     assert np.linalg.norm(out.latents - reference.latents) <= 1e-5 * np.linalg.norm(reference.latents)
