@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams
 from smartdiff_jax.config.service import ApiKey
 from smartdiff_jax.engine.job import PRIORITIES, Job, Priority, new_id
+from smartdiff_jax.engine.store import check_room
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.registry import Registry
 from smartdiff_jax.stages.media import FASTEST, STILLS, WRITERS
@@ -42,6 +43,15 @@ class Submission:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def refuse_if_full(engine: "Engine", key: ApiKey) -> None:
+    """Raises QueueFull where this engine knows that `admit` would, without resolving anything and without the store.
+
+    What it knows may be half a second old where several engines share a store; the store has the last word on what is taken.
+    """
+    owners = engine.waiting_owners()
+    check_room(len(owners), owners.count(key.name), engine.limits.max_queued, key.max_queued)
+
+
 def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, bool]:
     """The job, queued, and whether it is new. Raises InvalidRequest, QueueFull, IdempotencyConflict."""
     asked = submission.params
@@ -69,7 +79,7 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
         previews=submission.previews,
         priority=submission.priority,
         created_at=time.time(),
-        cost=engine.costs.estimate(engine.work_of(model, params)).total,
+        cost=engine.costs.estimate(engine.work_of(model, resolved)).total,
         total=resolved.num_inference_steps,
         idempotency_key=submission.idempotency_key,
     )

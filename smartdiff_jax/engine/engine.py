@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from smartdiff_jax.config.request import GenerateParams
+from smartdiff_jax.config.request import GenerateParams, ResolvedParams
 from smartdiff_jax.config.service import EVERYONE, ApiKey, Limits
 from smartdiff_jax.engine import deliver
 from smartdiff_jax.engine.artifacts import Artifacts
@@ -117,8 +117,8 @@ class Engine:
     def is_alive(self) -> bool:
         return not any(thread.ident is not None and not thread.is_alive() for thread in self._threads)
 
-    def work_of(self, model: str, params: GenerateParams) -> Work:
-        return work_of(self.pipelines[model], params)
+    def work_of(self, model: str, resolved: ResolvedParams) -> Work:
+        return work_of(self.pipelines[model], resolved)
 
     def adopt(self, limits: Limits, keys: Iterable[ApiKey]) -> None:
         """From now on these hold, for what is asked and for what waits; what runs is not stopped by them."""
@@ -149,6 +149,16 @@ class Engine:
             self._turn.notify_all()
         self._prefetch()
 
+    def waiting_owners(self) -> list[str]:
+        """Of every job that waits, as far as is known here. Takes no lock: who asks is the thread that answers everybody."""
+        return [job.owner for job in list(self._waiting.values()) if job.state == "queued"]
+
+    def withdraw(self, job_id: str) -> None:
+        """A job has ended in the store before it began: its place in the queue is free at once."""
+        with self._turn:
+            if self._waiting.pop(job_id, None) is not None:
+                self._scheduler.remove(job_id)
+
     def notice(self) -> None:
         """Something in the store has changed: a job was cancelled, or has another priority."""
         self._news.set()
@@ -163,9 +173,8 @@ class Engine:
         return job, None if job.is_final else self._forecast.get(job.id)
 
     def backlog(self) -> float:
-        """Estimated device seconds until the queue is empty."""
-        with self._turn:
-            return self._scheduler.backlog()
+        """Estimated device seconds until the queue is empty. Takes no lock, as above."""
+        return self._scheduler.backlog()
 
     # The text thread.
 
@@ -187,11 +196,10 @@ class Engine:
         for run in self._runs.values():
             running[run.job.owner] = running.get(run.job.owner, 0) + 1
         allowed = [job.id for job in self._waiting.values() if running.get(job.owner, 0) < self._key(job).max_running]
-        first = self._scheduler.pick([*allowed, *(run.job.id for run in begun)])
-        if first is None or (first not in self._waiting and len(begun) >= AHEAD):
-            return None
         best = self._scheduler.pick(allowed)
-        return None if best is None else self._waiting[best]
+        if best is None or (len(begun) >= AHEAD and self._scheduler.pick([best, *(run.job.id for run in begun)]) != best):
+            return None
+        return self._waiting[best]
 
     def _take(self) -> None:
         with self._turn:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from smartdiff_jax.config.request import GenerateParams
+from smartdiff_jax.config.request import GenerateParams, ResolvedParams
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
 from smartdiff_jax.engine.costs import Work
 from smartdiff_jax.engine.job import Job
@@ -55,7 +55,7 @@ class Run:
         what another took when the job came.
         """
         self.params = GenerateParams.create(**self.job.params)
-        self.work = work_of(self.pipe, self.params)
+        self.work = work_of(self.pipe, self.pipe.check(self.params))
         resume, refused = None, None
         if artifacts is not None:
             try:
@@ -116,9 +116,8 @@ def place_of(pipe: Pipeline) -> str:
     return f"{pipe.spec.name}, {pipe.describe()}, {pipe.system.attention} attention, {pipe.system.guidance} guidance"
 
 
-def work_of(pipe: Pipeline, params: GenerateParams) -> Work:
-    """What a request is made of; its seed must be drawn. Raises InvalidRequest."""
-    resolved = pipe.check(params)
+def work_of(pipe: Pipeline, resolved: ResolvedParams) -> Work:
+    """What a request is made of, by what `pipe.check` made of it: that takes a millisecond, and whoever asks has done it."""
     tokens = pipe.count_tokens(resolved)
     sampling = pipe.spec.sampling
     guided = sampling.guidance == "cfg" and resolved.guidance_scale != sampling.guidance_off

@@ -11,6 +11,7 @@ come after it is due are due after it.
 """
 
 import dataclasses
+import functools
 import heapq
 from collections.abc import Collection, Iterable
 
@@ -40,7 +41,7 @@ class Entry:
     share: float = 1.0
     left: float | None = None
 
-    @property
+    @functools.cached_property  # asked of every entry at every choice
     def flow(self) -> Flow:
         return self.owner, self.priority
 
@@ -48,7 +49,7 @@ class Entry:
     def weight(self) -> float:
         return self.share * WEIGHTS[self.priority]
 
-    @property
+    @functools.cached_property
     def due(self) -> tuple[float, str]:
         return self.created_at + STRETCH * self.cost, self.id
 
@@ -129,7 +130,7 @@ class Scheduler:
 
     def backlog(self, ids: Iterable[str] | None = None) -> float:
         """Device seconds of work left, in all or of these."""
-        entries = self._entries.values() if ids is None else [self._entries[job] for job in ids]
+        entries = list(self._entries.values()) if ids is None else [self._entries[job] for job in ids]
         return sum((entry.remaining for entry in entries), 0.0)
 
     def _lowest(self) -> float:

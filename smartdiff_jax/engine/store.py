@@ -6,6 +6,7 @@ no row and knows that it lost. Leases are told by the hosts' clocks, which must 
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -54,12 +55,29 @@ rates = sa.Table(
 )
 
 
+# Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to answer it.
+INSERT = jobs.insert()
+NAMED = sa.select(jobs).where(jobs.c.owner == sa.bindparam("owner_"), jobs.c.idempotency_key == sa.bindparam("key_"))
+OF_OWNER = sa.func.count().filter(jobs.c.owner == sa.bindparam("owner_"))
+QUEUED = sa.select(sa.func.count(), OF_OWNER).select_from(jobs).where(jobs.c.state == "queued")
+UNEXPIRED = jobs.c.expires_at.is_(None) | (jobs.c.expires_at > sa.bindparam("now_"))
+VISIBLE = sa.select(jobs).where(jobs.c.id == sa.bindparam("id_"), UNEXPIRED)
+
+
 class QueueFull(SmartdiffError):
     """No more jobs are taken at present. field: which limit it was."""
 
     def __init__(self, field: str, limit: int, message: str):
         self.field, self.limit = field, limit
         super().__init__(message)
+
+
+def check_room(waiting: int, of_owner: int, max_queued: int, max_of_owner: int) -> None:
+    """Raises QueueFull where so many jobs wait, in all and of one owner, that no more may come."""
+    if waiting >= max_queued:
+        raise QueueFull("max_queued", max_queued, f"{max_queued} jobs are waiting already")
+    if of_owner >= max_of_owner:
+        raise QueueFull("max_queued of the key", max_of_owner, f"{max_of_owner} jobs of yours are waiting already")
 
 
 class IdempotencyConflict(SmartdiffError):
@@ -75,6 +93,7 @@ class JobStore:
     def __init__(self, url: str, ttl: float = 86_400.0, clock: Callable[[], float] = time.time):
         """Raises InvalidConfig for a URL that names no database, or one that cannot be opened."""
         self.ttl, self._clock = ttl, clock
+        self._writer = threading.Lock()
         try:
             parsed = sa.make_url(url)
             self._is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -99,19 +118,24 @@ class JobStore:
 
         Raises QueueFull, IdempotencyConflict.
         """
-        same = sa.select(jobs).where(jobs.c.owner == job.owner, jobs.c.idempotency_key == job.idempotency_key)
-        with self._db.begin() as connection:
-            if job.idempotency_key is not None and (row := connection.execute(same).one_or_none()) is not None:
-                return self._same(row, request_hash), False
-            queued = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == "queued")
-            if connection.execute(queued).scalar_one() >= max_queued:
-                raise QueueFull("max_queued", max_queued, f"{max_queued} jobs are waiting already")
-            if connection.execute(queued.where(jobs.c.owner == job.owner)).scalar_one() >= max_of_owner:
-                raise QueueFull("max_queued of the key", max_of_owner, f"{max_of_owner} jobs of yours are waiting already")
-            with contextlib.suppress(IntegrityError), connection.begin_nested():
-                connection.execute(jobs.insert().values(request_hash=request_hash, **dataclasses.asdict(job)))
+        name, row = {"owner_": job.owner, "key_": job.idempotency_key}, dataclasses.asdict(job) | {"request_hash": request_hash}
+        with self._changing() as connection:
+            if job.idempotency_key is not None and (found := connection.execute(NAMED, name).one_or_none()) is not None:
+                return self._same(found, request_hash), False
+            waiting, of_owner = connection.execute(QUEUED, {"owner_": job.owner}).one()
+            check_room(waiting, of_owner, max_queued, max_of_owner)
+            if job.idempotency_key is None:
+                connection.execute(INSERT, row)
                 return job, True
-            return self._same(connection.execute(same).one(), request_hash), False  # another host was first
+            with contextlib.suppress(IntegrityError), connection.begin_nested():
+                connection.execute(INSERT, row)
+                return job, True
+            return self._same(connection.execute(NAMED, name).one(), request_hash), False  # another host was first
+
+    def knows(self, owner: str, idempotency_key: str) -> bool:
+        """Whether a job was made by that key. A look, which waits for no writer."""
+        with self._reading() as connection:
+            return connection.execute(NAMED, {"owner_": owner, "key_": idempotency_key}).first() is not None
 
     def _same(self, row: sa.Row, request_hash: str) -> Job:
         if row.request_hash != request_hash:
@@ -120,7 +144,7 @@ class JobStore:
 
     def get(self, job_id: str) -> Job | None:
         with self._reading() as connection:
-            row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id, self._visible())).one_or_none()
+            row = connection.execute(VISIBLE, {"id_": job_id, "now_": self._clock()}).one_or_none()
         return None if row is None else _job(row)
 
     def page(
@@ -161,7 +185,7 @@ class JobStore:
     def claim(self, job_id: str, engine: str) -> Job | None:
         """The job, which is this engine's from now on; None if another was faster, or if it must not be begun again."""
         now = self._clock()
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             wanted = (jobs.c.id == job_id) & self._claimable()
             if connection.execute(self._end(wanted & jobs.c.cancel_requested, "cancelled")).rowcount:
                 return None
@@ -183,7 +207,7 @@ class JobStore:
     def heartbeat(self, engine: str, ids: Collection[str]) -> dict[str, tuple[bool, Priority]]:
         """Renew the leases of these; returns those that are the engine's, and whether each is to be cancelled, its priority."""
         mine = (jobs.c.engine == engine) & (jobs.c.state == "running") & jobs.c.id.in_(ids)
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             connection.execute(jobs.update().where(mine).values(lease_until=self._clock() + LEASE_SECONDS))
             rows = connection.execute(sa.select(jobs.c.id, jobs.c.cancel_requested, jobs.c.priority).where(mine))
             return {job_id: (bool(cancelled), priority) for job_id, cancelled, priority in rows}
@@ -200,19 +224,19 @@ class JobStore:
     def finish(self, job_id: str, engine: str, state: State, **values: Any) -> bool:
         """End a running job; False if it is this engine's no more, and then whoever has it will end it."""
         mine = (jobs.c.id == job_id) & (jobs.c.engine == engine) & (jobs.c.state == "running")
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             return connection.execute(self._end(mine, state, **values)).rowcount == 1
 
     def release(self, job_id: str, engine: str) -> bool:
         """Give a running job back to the queue, unharmed."""
         values = {"state": "queued", "stage": "queued", "lease_until": None, "attempts": 0}
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             mine = (jobs.c.id == job_id) & (jobs.c.engine == engine) & (jobs.c.state == "running")
             return connection.execute(jobs.update().where(mine).values(engine=None, **values)).rowcount == 1
 
     def cancel(self, job_id: str) -> Job | None:
         """A queued job ends at once, a running one when its engine hears of it; a finished one stays as it is."""
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             this = jobs.c.id == job_id
             connection.execute(self._end(this & (jobs.c.state == "queued"), "cancelled"))
             connection.execute(jobs.update().where(this & (jobs.c.state == "running")).values(cancel_requested=True))
@@ -225,7 +249,7 @@ class JobStore:
     def forget(self, job_id: str) -> None:
         """Let a job end and expire now: nobody sees it any more, and the next sweep removes it and its files."""
         self.cancel(job_id)
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             connection.execute(jobs.update().where(jobs.c.id == job_id).values(expires_at=self._clock()))
 
     def expired(self) -> list[str]:
@@ -235,7 +259,7 @@ class JobStore:
             return list(connection.execute(query).scalars())
 
     def remove(self, job_id: str) -> None:
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             connection.execute(jobs.delete().where(jobs.c.id == job_id))
 
     def count(self, owner: str | None = None) -> dict[State, int]:
@@ -252,7 +276,7 @@ class JobStore:
             return {bucket: (seconds, count) for bucket, seconds, count in connection.execute(sa.select(rates))}
 
     def save_rates(self, changed: dict[str, tuple[float, int]]) -> None:
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             for bucket, (seconds, count) in changed.items():
                 connection.execute(rates.delete().where(rates.c.bucket == bucket))
                 connection.execute(rates.insert().values(bucket=bucket, seconds=seconds, count=count))
@@ -261,7 +285,7 @@ class JobStore:
         query = jobs.update().where(jobs.c.id == job_id, jobs.c.state.in_(states)).values(values)
         if engine is not None:
             query = query.where(jobs.c.engine == engine)
-        with self._db.begin() as connection:
+        with self._changing() as connection:
             return connection.execute(query).rowcount == 1
 
     def _claimable(self) -> Any:
@@ -270,6 +294,13 @@ class JobStore:
 
     def _visible(self) -> Any:
         return jobs.c.expires_at.is_(None) | (jobs.c.expires_at > self._clock())
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sa.Connection]:
+        """A transaction that writes. SQLite has one writer: threads wait here, where they are woken at once and hold no
+        connection that a reader may want, and not in SQLite, which looks again after ever longer sleeps."""
+        with self._writer if self._is_sqlite else contextlib.nullcontext(), self._db.begin() as connection:
+            yield connection
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:

@@ -15,6 +15,7 @@ from smartdiff_jax.serve import admin, images, jobs, videos
 from smartdiff_jax.serve.errors import ErrorEnvelope, ServiceError, install, not_found
 from smartdiff_jax.serve.jobs import Caller, ServiceOf
 from smartdiff_jax.serve.middleware import BodyLimit, RequestId
+from smartdiff_jax.serve.refusal import EarlyRefusal
 from smartdiff_jax.serve.schemas import Health, ModelList, ModelView, VideoRequest
 from smartdiff_jax.serve.service import Service
 from smartdiff_jax.serve.settings import Settings
@@ -46,6 +47,7 @@ def create_app(config: ServiceConfig, load: Callable[[], Any], config_file: Path
     for router in (admin.router, root, jobs.router, images.router, videos.router):
         app.include_router(router)
     app.add_middleware(BodyLimit)
+    app.add_middleware(EarlyRefusal, service=service)
     app.add_middleware(RequestId)
     _publish(app)
     return app

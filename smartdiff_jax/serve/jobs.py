@@ -39,15 +39,11 @@ async def submit(service: Service, caller: ApiKey, submission: Submission) -> tu
     """A queued job, or 409, or 429 with the seconds until there is room."""
     engine = service.engine
     try:
-        return await run_in_threadpool(admit, engine, caller, submission)
+        return await service.write(admit, engine, caller, submission)
     except IdempotencyConflict as error:
         raise ServiceError(409, str(error), code="idempotency_conflict", param="Idempotency-Key") from None
     except QueueFull as error:
-        engine.metrics.rejections.labels("queue_full").inc()
-        backlog = engine.backlog()
-        message = f"{error}; they are done in about {backlog:.0f} s"
-        retry_after = backlog / max(error.limit, 1)
-        raise ServiceError(429, message, code="queue_full", retry_after=retry_after) from None
+        raise service.full(error) from None
 
 
 @router.post("/v1/jobs", status_code=202, response_model=JobStatus, responses={200: {"model": JobStatus}})
@@ -84,7 +80,7 @@ async def page_of(
 ) -> tuple[list[Job], bool]:
     owner = None if caller.admin else caller.name
     options = {"owner": owner, "limit": limit + 1, "after": after, "newest_first": order == "desc"}
-    found = await run_in_threadpool(lambda: service.engine.store.page(**options, **filters))
+    found = await service.read(lambda: service.engine.store.page(**options, **filters))
     return found[:limit], len(found) > limit
 
 
@@ -97,7 +93,7 @@ async def get_job(job_id: str, service: ServiceOf, caller: Caller):
 async def change_job(job_id: str, body: JobChange, service: ServiceOf, caller: Caller):
     """Another priority, for a job that has not ended."""
     job = await service.find(caller, job_id)
-    if not await run_in_threadpool(service.engine.store.reprioritise, job.id, body.priority):
+    if not await service.write(service.engine.store.reprioritise, job.id, body.priority):
         raise ServiceError(409, f"{job.id} has ended", code="job_ended")
     service.engine.notice()
     return service.view(await service.find(caller, job_id))
@@ -115,7 +111,8 @@ async def cancel_job(job_id: str, service: ServiceOf, caller: Caller):
 async def delete_job(job_id: str, service: ServiceOf, caller: Caller):
     """Cancel it if it has not ended, and forget it and its files."""
     job = await service.find(caller, job_id)
-    await run_in_threadpool(service.engine.store.forget, job.id)
+    await service.write(service.engine.store.forget, job.id)
+    service.engine.withdraw(job.id)
     service.engine.notice()
     return Deleted(id=job.id, object="job.deleted")
 

@@ -3,28 +3,35 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import logging
 import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import anyio
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 
 from smartdiff_jax.config.service import EVERYONE, ApiKey, hash_key
 from smartdiff_jax.engine.garbage import settle
 from smartdiff_jax.engine.job import Job, JobStatus
+from smartdiff_jax.engine.store import QueueFull
 from smartdiff_jax.errors import Cancelled, SmartdiffError
 from smartdiff_jax.serve.errors import ServiceError, not_found
 from smartdiff_jax.serve.settings import LOOK_SECONDS, Settings
 
+P = ParamSpec("P")
+T = TypeVar("T")
 log = logging.getLogger("smartdiff")
 
 STATUS = [field.name for field in dataclasses.fields(JobStatus)]
 NICE = 10
+READERS, WRITERS = 4, 2
+"""Threads that ask the store at once. A status call waits for no submission, and only few threads compete with the event loop
+for the interpreter; SQLite has one writer anyway, beside which one more request can be resolved."""
 POLL_SECONDS = 1.0
 """How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
 
@@ -60,6 +67,7 @@ class Service:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._readers, self._writers = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(WRITERS)
         for body, name in ((self._start, "load"), (self._watch, "settings")):
             threading.Thread(target=body, name=name, daemon=True).start()
 
@@ -141,9 +149,24 @@ class Service:
                 return entry
         raise ServiceError(401, "give a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")
 
+    async def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Ask the store, on a thread that no writer keeps."""
+        return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), limiter=self._readers)
+
+    async def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Change the store, on one of a few threads, in the order of the calls."""
+        return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs), limiter=self._writers)
+
+    def full(self, error: QueueFull) -> ServiceError:
+        """429, with the seconds until there is room; counted."""
+        self.engine.metrics.rejections.labels("queue_full").inc()
+        backlog = self.engine.backlog()
+        message = f"{error}; they are done in about {backlog:.0f} s"
+        return ServiceError(429, message, code="queue_full", retry_after=backlog / max(error.limit, 1))
+
     async def find(self, caller: ApiKey, job_id: str, api: str | None = None) -> Job:
         """Raises 404 also for a job of another's."""
-        job = await run_in_threadpool(self.engine.store.get, job_id)
+        job = await self.read(self.engine.store.get, job_id)
         if job is None or not (caller.admin or job.owner == caller.name) or (api is not None and job.api != api):
             not_found("job" if api is None else api.removesuffix("s"), job_id)
         return job
@@ -179,7 +202,7 @@ class Service:
         try:
             while True:
                 event.clear()
-                now = await run_in_threadpool(self.engine.store.get, job.id)
+                now = await self.read(self.engine.store.get, job.id)
                 if now is None:
                     return
                 yield now
@@ -199,5 +222,7 @@ class Service:
             await asyncio.shield(self.cancel(job_id))
 
     async def cancel(self, job_id: str) -> None:
-        await run_in_threadpool(self.engine.store.cancel, job_id)
+        job = await self.write(self.engine.store.cancel, job_id)
+        if job is None or job.is_final:
+            self.engine.withdraw(job_id)
         self.engine.notice()

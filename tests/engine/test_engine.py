@@ -199,7 +199,7 @@ def test_two_engines_share_the_work_and_do_each_job_once(bench):
 def test_what_is_measured_is_kept_and_told(bench):
     engine = bench.engine()
     engine.start()
-    work = engine.work_of("tiny", GenerateParams.create(**SMALL))
+    work = engine.work_of("tiny", bench.pipe.check(GenerateParams.create(**SMALL)))
     for seed in range(3):
         bench.wait(bench.submit(SMALL | dict(seed=seed, num_inference_steps=20)))
     estimate = engine.costs.estimate(work)
