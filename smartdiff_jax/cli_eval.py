@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +42,16 @@ def evaluate_results(
         table.add_row(Path(setting.place).name, str(len(setting.pairs)), *cells)
     console.print(table)
     if output is not None:
-        output.write_text(json.dumps([dataclasses.asdict(setting) for setting in settings], indent=1) + "\n")
+        told = _finite([dataclasses.asdict(setting) for setting in settings])
+        output.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
     if sheet is not None:
         write_media(sheet, contact_sheet(reference, others)[None], 1)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -55,13 +55,16 @@ rates = sa.Table(
 )
 
 
+def _unexpired(now: Any) -> Any:
+    return jobs.c.expires_at.is_(None) | (jobs.c.expires_at > now)
+
+
 # Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to answer it.
 INSERT = jobs.insert()
 NAMED = sa.select(jobs).where(jobs.c.owner == sa.bindparam("owner_"), jobs.c.idempotency_key == sa.bindparam("key_"))
 OF_OWNER = sa.func.count().filter(jobs.c.owner == sa.bindparam("owner_"))
 QUEUED = sa.select(sa.func.count(), OF_OWNER).select_from(jobs).where(jobs.c.state == "queued")
-UNEXPIRED = jobs.c.expires_at.is_(None) | (jobs.c.expires_at > sa.bindparam("now_"))
-VISIBLE = sa.select(jobs).where(jobs.c.id == sa.bindparam("id_"), UNEXPIRED)
+VISIBLE = sa.select(jobs).where(jobs.c.id == sa.bindparam("id_"), _unexpired(sa.bindparam("now_")))
 
 
 class QueueFull(SmartdiffError):
@@ -293,7 +296,7 @@ class JobStore:
         return (jobs.c.state == "queued") | lapsed
 
     def _visible(self) -> Any:
-        return jobs.c.expires_at.is_(None) | (jobs.c.expires_at > self._clock())
+        return _unexpired(self._clock())
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[sa.Connection]:

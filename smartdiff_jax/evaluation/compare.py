@@ -45,18 +45,16 @@ def evaluate(reference: Path, others: Sequence[Path], on_pair: Callable[[str], o
     MS-SSIM is left out where a picture is too small for it. flicker is that of the other, flicker_change what it has more.
     """
     true = media_in(reference)
-    settings = []
-    for place in others:
-        found = media_in(place)
-        if place.is_file() and reference.is_file():
-            found = {"": place}
-        _check_names(reference, true, place, found)
-        pairs = {}
-        for name in true:
+    found = [media_in(place) for place in others]
+    for place, results in zip(others, found, strict=True):
+        _check_names(reference, true, place, results)
+    pairs: list[dict[str, dict[str, float]]] = [{} for _ in others]
+    for name, path in true.items():
+        clip = read_media(path)
+        for place, results, rows in zip(others, found, pairs, strict=True):
             on_pair(f"{place.name}: {name or place.name}")
-            pairs[name or place.stem] = _numbers(read_media(true[name]), read_media(found[name]), found[name])
-        settings.append(Setting(str(place), pairs, _means(pairs)))
-    return settings
+            rows[name or place.stem] = _numbers(clip, read_media(results[name]), results[name])
+    return [Setting(str(place), rows, _means(rows)) for place, rows in zip(others, pairs, strict=True)]
 
 
 def _check_names(reference: Path, true: dict[str, Path], place: Path, found: dict[str, Path]) -> None:

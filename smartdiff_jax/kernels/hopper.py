@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import math
 import threading
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Shaped
 from smartdiff_jax.errors import Unsupported
 
 HEAD_DIMS = (64, 128)
+LOG2E = math.log2(math.e)
 
 
 def require_hopper(kernel: str, q: Shaped[Array, "b s h d"]) -> None:

@@ -24,6 +24,7 @@ def pallas_sage_attention(
     queries, keys = q.shape[1], k.shape[1]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     lengths = jnp.full(q.shape[0], keys, jnp.int32) if kv_length is None else kv_length
+    # Padding must not be among what is looked at for scales; where there is none, nothing has to be masked.
     counted = lengths if keys % 8 and kv_length is None else kv_length
     q_padded, k_padded, v_padded = (pad_tokens(x) for x in (q, k, v))
     x = quantize(q_padded, k_padded, v_padded, counted, scale=factor, block=BLOCK, order=PERMUTATION)

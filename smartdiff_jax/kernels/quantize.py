@@ -4,14 +4,14 @@ Keys lose a vector that all of them share first: outliers of keys are mostly the
 every key of a row of softmax changes nothing but its log-sum-exp. Any such vector is exact; here it is the mean of some tokens.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float8e4m3fn, Int, Int8
 
-LOG2E = math.log2(math.e)
+from smartdiff_jax.kernels.hopper import LOG2E
+
 SAMPLE = 16
 """Of so many tokens one is looked at for what keys share."""
 

@@ -157,8 +157,8 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     matmuls    FLOP of a device's tokens and text; what tensor does not split is not divided by it. Kernels for one
                row take the time of reading them
     rest       features * rows * blocks of norms, rotary turns and activations
-    messages   bytes / rate and a latency a call. Ulysses packs and unpacks four arrays, each read and written; a ring packs
-               two and merges two float32 results into one a turn
+    messages   bytes / rate and a latency a call. Ulysses sends four arrays and copies each once, read and written; a ring
+               sends two a turn and merges two float32 results into one
 
     Of fsdp's gathers a share is hidden behind computing (Rates.shown), of attention's messages nothing: on two H100 a step of
     Wan2.1-1.3B with Ulysses is longer by all that its messages take.
@@ -177,8 +177,8 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     sent = traffic.of_evaluation(work, mesh)
     messages = _copied_bytes(work, mesh) / rates.memory
     for name, axes, number in (
-        ("ulysses", ("ulysses",), 2 * calls),
-        ("ring", ("ring", "ulysses"), (mesh.ring - 1) * calls),
+        ("ulysses", ("ulysses",), 4 * calls),
+        ("ring", ("ring", "ulysses"), 2 * (mesh.ring - 1) * calls),
         ("text", ("ring", "ulysses"), joint),
         ("tensor", ("tensor",), 2 * work.num_blocks),
         ("fsdp", ("ring", "ulysses"), work.num_blocks),
@@ -206,7 +206,7 @@ def _attention_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> float:
 def _copied_bytes(work: Workload, mesh: MeshConfig) -> int:
     """Read and written in device memory only because attention is split."""
     rows = sum(traffic.attention_bytes(work, mesh, calls) for calls in work.split_attention)
-    packed = 4 * 4 * (mesh.ulysses > 1) + 2 * 2 * (mesh.ring > 1)
+    packed = 4 * 2 * (mesh.ulysses > 1)
     merged = (mesh.ring - 1) * 3 * FLOAT32 // work.itemsize
     return rows * (packed + merged)
 

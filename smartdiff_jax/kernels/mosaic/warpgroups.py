@@ -34,7 +34,6 @@ REGISTERS = {"compute": 240, "fetch": 24}
 FIRST_TURN = 4
 """Named barriers below it are Mosaic's own."""
 
-LOG2E = float(np.log2(np.e))
 MASKED = -1e30
 """The logit of a key that does not count; finite, since rows where none counts must not make NaN."""
 
@@ -129,28 +128,55 @@ def swizzled(shape: Sequence[int], dtype: Any) -> Any:
     )
 
 
-def freed(stages: int, cluster: int) -> Any:
-    """One barrier a stage that all who read it arrive at, on every block that the data is sent to."""
-    if cluster == 1:
-        return plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)
-    return plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_arrivals=COMPUTING, num_barriers=stages)
+def launch(
+    body: Callable,
+    operands: Sequence[jax.Array],
+    tiles: Sequence[Any],
+    *,
+    dtype: Any,
+    stages: int,
+    with_lse: bool,
+    cluster: int,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Runs a kernel on blocks of TILE queries, of which neighbours of a cluster share what they fetch: out [b, s, h, d], of the
+    first operand's shape and of `dtype`, and lse [b, h, s].
 
-
-def launch(body: Callable, *, batch: int, heads: int, queries: int, cluster: int, interpret: Any, **kernel: Any) -> Callable:
-    """A kernel on blocks of TILE queries; neighbours of a cluster share what they fetch. `body` is called as it is written
-    for `plgpu.kernel`, whose other arguments `kernel` holds."""
+    `body` is called with the operands, out, lse if asked, then shared memory: `tiles`, one for lse, and barriers: of arrival of
+    queries, keys and values, of release of keys and values.
+    """
+    b, s, h, d = operands[0].shape
+    padded = pl.cdiv(s, TILE * cluster) * TILE * cluster
+    lse_type = [jax.ShapeDtypeStruct((b, h, padded), jnp.float32)] if with_lse else []
+    arrived = [plgpu.Barrier(num_barriers=n) for n in (COMPUTING, stages, stages)]
     clusters = dict(cluster=(cluster,), cluster_names=(CLUSTER,)) if cluster > 1 else {}
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
-        grid=(batch, heads, pl.cdiv(queries, TILE * cluster)),
+        out_type=[jax.ShapeDtypeStruct((b, s, h, d), dtype), *lse_type],
+        scratch_types=[
+            *tiles,
+            plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
+            *arrived,
+            _released(stages, cluster),
+            _released(stages, cluster),
+        ],
+        grid=(b, h, padded // (TILE * cluster)),
         grid_names=("batch", "heads", "tiles"),
         num_threads=COMPUTING + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         **({"interpret": interpret} if interpret else {}),
         **clusters,
-        **kernel,
     )
+    out, *lse = run(*operands)
+    return out, lse[0][..., :s] if lse else None
+
+
+def _released(stages: int, cluster: int) -> Any:
+    """One barrier a stage that all who read it arrive at, on every block that the data is sent to."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)
+    return plgpu.ClusterBarrier(collective_axes=(CLUSTER,), num_arrivals=COMPUTING, num_barriers=stages)
 
 
 def first_query(cluster: int) -> jax.Array:
