@@ -39,6 +39,7 @@ from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh, replicated  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain  # noqa: E402
+from smartdiff_jax.weights.fp8 import to_fp8  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
 
 TEXT_LENGTH = 512
@@ -56,7 +57,7 @@ def problem(tiny: bool) -> tuple[wan.WanConfig, tuple[int, int, int]]:
 class Bench:
     """Random weights and inputs in place, ready to run."""
 
-    def __init__(self, tiny: bool, attention: str):
+    def __init__(self, tiny: bool, attention: str, precision: str):
         self.config, grid = problem(tiny)
         self.imported_s = time.perf_counter() - STARTED
         jax.devices()
@@ -67,6 +68,8 @@ class Bench:
         self.weights_dtype, self.layout = dtype, Layout(mesh)
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: wan.ARCHITECTURE.build(self.config, nnx.Rngs(0))))
         self.weights = random_state(wan.ARCHITECTURE, self.config, dtype, 0, lambda path, shape: replicated(mesh))
+        if precision == "fp8":
+            self.graphdef, self.weights = to_fp8(self.graphdef, self.weights, mesh)
         jax.block_until_ready(self.weights)
         self.weights_s = time.perf_counter() - STARTED - self.imported_s - self.device_s
         self.attend = wrap(ATTENTION[attention], mesh)
@@ -122,6 +125,7 @@ class Bench:
 def child(arguments: argparse.Namespace, cache: str) -> dict:
     """The same start in a process of its own, with a persistent compilation cache."""
     command = [sys.executable, __file__, "--start-only", "--cache", cache, "--attention", arguments.attention]
+    command += ["--precision", arguments.precision]
     run = subprocess.run(command + ["--tiny"] * arguments.tiny, capture_output=True, text=True, cwd=ROOT)
     if run.returncode:
         return {"error": run.stderr[-2000:]}
@@ -132,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--precision", choices=("full", "fp8"), default="full")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--start-only", action="store_true", help="compile, run one step, print seconds as JSON")
     parser.add_argument("--cache", help="folder of the persistent compilation cache")
@@ -141,11 +146,12 @@ def main() -> None:
     if arguments.cache:
         keep_executables(Path(arguments.cache))
     if arguments.start_only:
-        print(json.dumps(Bench(arguments.tiny, arguments.attention).first_steps()))
+        print(json.dumps(Bench(arguments.tiny, arguments.attention, arguments.precision).first_steps()))
         return
 
     results: dict = {
         "stamp": stamp(arguments.commit),
+        "settings": {"attention": arguments.attention, "precision": arguments.precision},
         "shape": "tiny" if arguments.tiny else "wan2.1-t2v-1.3b 832x480x81, batch 1",
     }
     # Starts first: they need the device's memory to themselves.
@@ -165,7 +171,7 @@ def main() -> None:
         )
         print("diffusers", results["diffusers"], flush=True)
 
-    bench = Bench(arguments.tiny, arguments.attention)
+    bench = Bench(arguments.tiny, arguments.attention, arguments.precision)
     forward, inputs = bench.forward(bench.attend)
     results["forward_s"] = time_call(forward, *inputs, warmup=2, repeats=arguments.repeats)
     print("forward", results["forward_s"], flush=True)

@@ -73,7 +73,7 @@ def problem(name: str, tiny: bool) -> dict[str, Any]:
 class Bench:
     """One model's weights and inputs in place."""
 
-    def __init__(self, task: dict[str, Any], attention: str):
+    def __init__(self, task: dict[str, Any], attention: str, precision: str):
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -87,13 +87,17 @@ class Bench:
         from smartdiff_jax.sharding.context_parallel import wrap
         from smartdiff_jax.sharding.mesh import make_mesh, replicated
         from smartdiff_jax.weights.apart import apart
+        from smartdiff_jax.weights.fp8 import to_fp8
 
+        self.settings = {"attention": attention, "precision": precision}
         self.task, self.spec = task, known_models()[task["name"]]
         self.family = FAMILIES[self.spec.family]
         self.mesh, self.dtype = make_mesh(MeshConfig()), resolve_dtype("auto")
         self.place = replicated(self.mesh)
         self.attend = wrap(ATTENTION[attention], self.mesh)
         self.graphdef, self.config, stacked = self._component("transformer")
+        if precision == "fp8":
+            self.graphdef, stacked = to_fp8(self.graphdef, stacked, self.mesh)
         self.weights = apart(stacked)
         patches = self.family.patches(self.config)
         grid, length, branches = patches.grid(tuple(task["latents"])), task["text_length"], task["branches"]
@@ -171,7 +175,12 @@ class Bench:
 
         device = jax.devices()[0]
         inputs = self.weights, self.tokens, self.branches
-        results: dict[str, Any] = {"stamp": stamp(commit), "dtype": self.dtype.name, "tokens": self.tokens.shape[1]}
+        results: dict[str, Any] = {
+            "stamp": stamp(commit),
+            "settings": self.settings,
+            "dtype": self.dtype.name,
+            "tokens": self.tokens.shape[1],
+        }
         results["forward"] = self._measured(self.forward, inputs, repeats)
         if self.task["branches"] == 2:
             results["both_branches"] = self._measured(self.guided, inputs, repeats)
@@ -205,13 +214,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--model", choices=MODELS, help="measure this one here and print JSON")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--precision", choices=("full", "fp8"), default="full")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--peer-python", default=sys.executable, help="where torch and diffusers are, if elsewhere")
     parser.add_argument("--commit", help="where the tree has no history")
     arguments = parser.parse_args()
     if arguments.model:
-        bench = Bench(problem(arguments.model, arguments.tiny), arguments.attention)
+        bench = Bench(problem(arguments.model, arguments.tiny), arguments.attention, arguments.precision)
         print(json.dumps(bench.run(arguments.repeats, arguments.commit)))
         return
 
@@ -223,6 +233,7 @@ def main() -> None:
             told = [json.dumps(row["problem"]), "--repeats", str(arguments.repeats)]
             row["diffusers"] = child([str(PEER), *told], arguments.peer_python)
         shared = ["--repeats", str(arguments.repeats), "--attention", arguments.attention]
+        shared += ["--precision", arguments.precision]
         shared += ["--tiny"] * arguments.tiny + (["--commit", arguments.commit] if arguments.commit else [])
         row["ours"] = child([__file__, "--model", model, *shared])
         row["stamp"] = row["ours"].pop("stamp", None)

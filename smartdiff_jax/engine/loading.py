@@ -31,6 +31,7 @@ from smartdiff_jax.sharding.weights import ShardingFor, weight_sharding
 from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
 from smartdiff_jax.weights.apart import apart
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
+from smartdiff_jax.weights.fp8 import require_fp8, to_fp8
 from smartdiff_jax.weights.hub import fetch
 from smartdiff_jax.weights.residency import at_rest
 from smartdiff_jax.weights.store import WeightStore, store_key
@@ -114,6 +115,8 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
     mesh = make_mesh(system.mesh)
     import_ahead()
     dtype = resolve_dtype(system.dtype)
+    if system.precision == "fp8":
+        require_fp8(dtype)
     folder, spec = locate(model, weights, system.cache_dir)
     family = FAMILIES[spec.family]
     components: dict[str, tuple[Any, Any]] = {}
@@ -128,8 +131,11 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         configs[name] = read_config(architecture, component)
         place = at_rest(_placement(name, mesh, system.mesh), system.residency)
         graphdef, state = _load_component(architecture, configs[name], component, dtype, place, store)
-        if name.startswith("transformer") and _lie_apart(family, system):
-            state = apart(state)
+        if name.startswith("transformer"):
+            if system.precision == "fp8":
+                graphdef, state = to_fp8(graphdef, state, mesh)
+            if _lie_apart(family, system):
+                state = apart(state)
         components[name] = graphdef, state
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(

@@ -20,19 +20,20 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator, model_
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.fp8 import Columns, Part
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
-    MLP,
-    Linear,
     Modulation,
     RMSNorm,
     gated_add,
     gelu,
     modulated_norm,
+    modulated_norm_into,
     pick_block,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.linear import MLP, Features, Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
@@ -159,7 +160,7 @@ class Flux1QKV(nnx.Module):
         self.q_norm = RMSNorm(head_dim, eps=EPS, dtype=dtype)
         self.k_norm = RMSNorm(head_dim, eps=EPS, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b n d"], rope: Rope | None) -> QKV:
+    def __call__(self, x: Features, rope: Rope | None) -> QKV:
         q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is None:
@@ -186,14 +187,14 @@ class Flux1Stream(nnx.Module):
         return Modulation(*pieces[:3]), Modulation(*pieces[3:])
 
     def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope | None) -> QKV:
-        return self.qkv(modulated_norm(x, modulation.shift, modulation.scale, EPS), rope)
+        return self.qkv(modulated_norm_into(self.qkv.q, x, modulation.shift, modulation.scale, EPS), rope)
 
     def after_attention(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], attention: Modulation, feed_forward: Modulation
     ) -> Float[Array, "b n d"]:
         x = gated_add(x, self.out(attended), attention.gate)
         with jax.named_scope("feed_forward"):
-            y = modulated_norm(x, feed_forward.shift, feed_forward.scale, EPS)
+            y = modulated_norm_into(self.feed_forward.linear_1, x, feed_forward.shift, feed_forward.scale, EPS)
             return gated_add(x, self.feed_forward(y), feed_forward.gate)
 
 
@@ -234,7 +235,7 @@ class Flux1SingleBlock(nnx.Module):
     def __call__(self, hidden: Streams, context: Flux1Context, attend: Attend) -> Streams:
         with jax.named_scope("modulation"):
             modulation = Modulation(*self.modulation(context.temb))
-        tokens, text = (modulated_norm(x, modulation.shift, modulation.scale, EPS) for x in hidden)
+        tokens, text = (modulated_norm_into(self.feed_forward, x, modulation.shift, modulation.scale, EPS) for x in hidden)
         with jax.named_scope("joint_attention"):
             attended = joint_attention(
                 attend, lambda: (self.qkv(tokens, context.rope), self.qkv(text, None)), context.text_length
@@ -242,10 +243,9 @@ class Flux1SingleBlock(nnx.Module):
         tokens, text = self._outputs(tokens, attended[0]), self._outputs(text, attended[1])
         return gated_add(hidden[0], tokens, modulation.gate), gated_add(hidden[1], text, modulation.gate)
 
-    def _outputs(self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def _outputs(self, x: Features, attended: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         with jax.named_scope("feed_forward"):
-            inner = gelu(self.feed_forward(x).astype(jnp.float32)).astype(x.dtype)
-            return self.out(jnp.concatenate([attended, inner], axis=-1))
+            return self.out.join(Part.of(attended), Part((Columns(self.feed_forward.product(x)),), gelu))
 
 
 class Flux1Transformer(nnx.Module):

@@ -21,16 +21,19 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.fp8 import Columns, Part, Product
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
-    Linear,
     Modulation,
     RMSNorm,
     gated_add,
     modulated_norm,
+    modulated_norm_into,
     stack_blocks,
+    swiglu,
     timestep_embedding,
 )
+from smartdiff_jax.models.linear import Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
@@ -202,16 +205,17 @@ class Flux2Stream(nnx.Module):
         self.feed_forward_out = Linear(config.mlp_dim, dim, rngs, dtype=dtype, use_bias=False)
 
     def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> QKV:
-        x = modulated_norm(x, modulation.shift, modulation.scale, self.eps)
-        return self.norm(self.q(x), self.k(x), self.v(x), rope)
+        y = modulated_norm_into(self.q, x, modulation.shift, modulation.scale, self.eps)
+        return self.norm(self.q(y), self.k(y), self.v(y), rope)
 
     def after_attention(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], attention: Modulation, feed_forward: Modulation
     ) -> Float[Array, "b n d"]:
         x = gated_add(x, self.out(attended), attention.gate)
         with jax.named_scope("feed_forward"):
-            y = modulated_norm(x, feed_forward.shift, feed_forward.scale, self.eps)
-            return gated_add(x, self.feed_forward_out(_swiglu(self.feed_forward_in(y))), feed_forward.gate)
+            y = modulated_norm_into(self.feed_forward_in, x, feed_forward.shift, feed_forward.scale, self.eps)
+            inner = _swiglu(self.feed_forward_in.product(y), 0)
+            return gated_add(x, self.feed_forward_out.join(inner), feed_forward.gate)
 
 
 class Flux2DoubleBlock(nnx.Module):
@@ -254,25 +258,25 @@ class Flux2SingleBlock(nnx.Module):
         [modulation] = _modulations(context.single)
         tokens, text = hidden
         with jax.named_scope("joint_attention"):
-            tokens_qkv, tokens_inner = self._before_attention(tokens, modulation, context.rope)
-            text_qkv, text_inner = self._before_attention(text, modulation, context.text_rope)
+            tokens_qkv, tokens_product = self._before_attention(tokens, modulation, context.rope)
+            text_qkv, text_product = self._before_attention(text, modulation, context.text_rope)
             attended = joint_attention(attend, lambda: (tokens_qkv, text_qkv), context.text_length)
-        tokens = self._after_attention(tokens, attended[0], tokens_inner, modulation)
-        return tokens, self._after_attention(text, attended[1], text_inner, modulation)
+        tokens = self._after_attention(tokens, attended[0], tokens_product, modulation)
+        return tokens, self._after_attention(text, attended[1], text_product, modulation)
 
-    def _before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> tuple[QKV, Array]:
-        """Queries, keys and values, and what goes into the feed-forward's activation."""
-        dim = x.shape[-1]
-        x = self.inputs(modulated_norm(x, modulation.shift, modulation.scale, self.eps))
-        q, k, v, inner = jnp.split(x, [dim, 2 * dim, 3 * dim], axis=-1)
-        return self.norm(q, k, v, rope), inner
+    def _before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> tuple[QKV, Product]:
+        """Queries, keys and values, and what they were made with, behind which goes into the feed-forward's activation."""
+        dim, dtype = x.shape[-1], x.dtype
+        product = self.inputs.product(modulated_norm_into(self.inputs, x, modulation.shift, modulation.scale, self.eps))
+        q, k, v = (Columns(product, at * dim, dim).array(dtype) for at in range(3))
+        return self.norm(q, k, v, rope), product
 
     def _after_attention(
-        self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], inner: Float[Array, "b n m"], modulation: Modulation
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], product: Product, modulation: Modulation
     ) -> Float[Array, "b n d"]:
         with jax.named_scope("feed_forward"):
-            y = jnp.concatenate([attended, _swiglu(inner)], axis=-1)
-            return gated_add(x, self.outputs(y), modulation.gate)
+            y = self.outputs.join(Part.of(attended), _swiglu(product, 3 * x.shape[-1]))
+            return gated_add(x, y, modulation.gate)
 
 
 class Flux2Transformer(nnx.Module):
@@ -361,10 +365,10 @@ def _modulations(pieces: Float[Array, "b n d"]) -> list[Modulation]:
     return [Modulation(*vectors[i : i + 3]) for i in range(0, len(vectors), 3)]
 
 
-def _swiglu(x: Float[Array, "b n i"]) -> Float[Array, "b n m"]:
-    """Gated activation (arXiv 2002.05202) of [gate | values], in float32, in x's dtype."""
-    gate, values = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * values).astype(x.dtype)
+def _swiglu(product: Product, first: int) -> Part:
+    """Gated activation of [gate | values], which begin at column `first`."""
+    width = (product.values.shape[-1] - first) // 2
+    return Part((Columns(product, first, width), Columns(product, first + width, width)), swiglu)
 
 
 def _kernel(key: str, path: str, *, keep_float32: bool = False) -> KeyRule:

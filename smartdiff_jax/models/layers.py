@@ -1,10 +1,11 @@
-"""Layers that the transformers share.
+"""Layers that the transformers share, besides linear ones.
 
-The dtype of a layer's kernel is the dtype it computes in; norms, modulation and activations are float32 whatever goes
-in, and the caller casts back. Blocks are stacked along a leading axis and run by one scan.
+Norms, modulation and activations are float32 whatever goes in, and the caller casts back. Blocks are stacked along a leading
+axis and run by one scan.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,63 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.nn import initializers
-from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from smartdiff_jax.kernels import fused_rows
+from smartdiff_jax.models.linear import Features, Linear
+
 T = TypeVar("T")
 Block = TypeVar("Block", bound=nnx.Module)
-
-
-class Linear(nnx.Module):
-    """x @ kernel + bias, in the kernel's dtype unless `compute_dtype` says otherwise.
-
-    kernel [in, out], Xavier uniform unless told otherwise; bias zero.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rngs: nnx.Rngs,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        compute_dtype: DTypeLike | None = None,
-        kernel_init: Initializer = initializers.xavier_uniform(),
-    ):
-        self.compute_dtype = compute_dtype
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype))
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
-
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        kernel = self.kernel[...]
-        dtype = self.compute_dtype or kernel.dtype
-        y = x.astype(dtype) @ kernel.astype(dtype)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-class MLP(nnx.Module):
-    """Linear, activation (in float32), Linear."""
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        out_features: int,
-        activation: Callable[[Array], Array],
-        rngs: nnx.Rngs,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_init: Initializer = initializers.xavier_uniform(),
-    ):
-        self.activation = activation
-        self.linear_1 = Linear(in_features, hidden_features, rngs, dtype=dtype, kernel_init=kernel_init)
-        self.linear_2 = Linear(hidden_features, out_features, rngs, dtype=dtype, kernel_init=kernel_init)
-
-    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        return self.linear_2(self.activation(self.linear_1(x).astype(jnp.float32)))
 
 
 class RMSNorm(nnx.Module):
@@ -94,6 +46,12 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
 
+    def into(self, layer: Linear, x: Float[Array, "b s d"]) -> Features:
+        """The same as `layer`, or others like it, takes it."""
+        if layer.fused:
+            return fused_rows.norm_rows(x, self.bias[None, None], self.scale[None, None] - 1, self.eps)
+        return layer.take(self(x))
+
 
 def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
     """Layer norm over the last axis without parameters; float32 out."""
@@ -118,8 +76,20 @@ def modulated_norm(
     return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
 
 
+def modulated_norm_into(
+    layer: Linear, x: Float[Array, "b s d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"], eps: float
+) -> Features:
+    """The same as `layer`, or others like it, takes it."""
+    if layer.fused:
+        return fused_rows.norm_rows(x, shift, scale, eps)
+    return layer.take(modulated_norm(x, shift, scale, eps))
+
+
 def gated_add(x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b 1 d"]) -> Float[Array, "b s d"]:
     """x + gate * y in float32, in x's dtype."""
+    if y.dtype != jnp.float32:
+        # XLA would have the product before write float32, twice the bytes, as more precise than was asked for.
+        y = jax.lax.optimization_barrier(y)
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
@@ -131,8 +101,13 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int, max_period: float
 
 
 def gelu(x: Array) -> Array:
-    """GELU in its tanh form."""
-    return jax.nn.gelu(x, approximate=True)
+    """GELU in its tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2 u)."""
+    return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """SiLU of the gate times the other half (arXiv 2002.05202)."""
+    return jax.nn.silu(gate) * up
 
 
 ATTENTION_ROWS = 1024

@@ -22,17 +22,17 @@ from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
-    MLP,
-    Linear,
     Modulation,
     RMSNorm,
     gated_add,
     gelu,
     modulated_norm,
+    modulated_norm_into,
     pick_block,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.linear import MLP, Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
@@ -158,8 +158,8 @@ class QwenImageStream(nnx.Module):
         return Modulation(*pieces[:3]), Modulation(*pieces[3:])
 
     def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> QKV:
-        x = modulated_norm(hidden, modulation.shift, modulation.scale, EPS)
-        q, k, v = (layer(x).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
+        x = modulated_norm_into(self.q, hidden, modulation.shift, modulation.scale, EPS)
+        q, k, v = (layer(x).reshape(*hidden.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
         return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
 
     def update(
@@ -170,7 +170,7 @@ class QwenImageStream(nnx.Module):
         feed_forward: Modulation,
     ) -> Float[Array, "b n d"]:
         hidden = gated_add(hidden, self.out(attended), attention.gate)
-        x = modulated_norm(hidden, feed_forward.shift, feed_forward.scale, EPS)
+        x = modulated_norm_into(self.feed_forward.linear_1, hidden, feed_forward.shift, feed_forward.scale, EPS)
         return gated_add(hidden, self.feed_forward(x), feed_forward.gate)
 
 

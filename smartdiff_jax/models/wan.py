@@ -23,17 +23,17 @@ from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
-    MLP,
     LayerNorm,
-    Linear,
     Modulation,
     RMSNorm,
     gated_add,
     gelu,
     modulated_norm,
+    modulated_norm_into,
     stack_blocks,
     timestep_embedding,
 )
+from smartdiff_jax.models.linear import MLP, Features, Linear
 from smartdiff_jax.models.modules import module, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope, axial_rope_table
@@ -132,22 +132,22 @@ class WanAttention(nnx.Module):
         self.q_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
         self.k_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
 
-    def self_attention(self, x: Float[Array, "b s d"], attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
+    def self_attention(self, x: Features, attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
         q, k, v = self._qkv(x, x)
         with jax.named_scope("attention"):
             tokens = QKV(apply_rope(q, rope, v.dtype), apply_rope(k, rope, v.dtype), v)
             out = attend.self_attention(tokens)
-        return self.out(out.reshape(x.shape))
+        return self.out(out.reshape(*out.shape[:2], -1))
 
     def cross_attention(
-        self, x: Float[Array, "b s d"], text: Float[Array, "b l d"], attend: Attend, text_length: Int[Array, " b"] | None
+        self, x: Features, text: Float[Array, "b l d"], attend: Attend, text_length: Int[Array, " b"] | None
     ) -> Float[Array, "b s d"]:
-        q, k, v = self._qkv(x, text)
+        q, k, v = self._qkv(x, self.k.take(text))
         with jax.named_scope("attention"):
             out = attend.cross_attention(q.astype(v.dtype), k.astype(v.dtype), v, text_length=text_length)
-        return self.out(out.reshape(x.shape))
+        return self.out(out.reshape(*out.shape[:2], -1))
 
-    def _qkv(self, x: Array, source: Array) -> tuple[Array, Array, Array]:
+    def _qkv(self, x: Features, source: Features) -> tuple[Array, Array, Array]:
         v = self._heads(self.v(source))
         return self._heads(self.q_norm(self.q(x))), self._heads(self.k_norm(self.k(source))), v
 
@@ -177,15 +177,16 @@ class WanBlock(nnx.Module):
             hidden = hidden + module(attend, "cross_attention", lambda: self._cross_attention(hidden, context, attend))
 
         with jax.named_scope("feed_forward"):
-            x = modulated_norm(hidden, feed_forward.shift, feed_forward.scale, self.eps)
+            x = modulated_norm_into(self.feed_forward.linear_1, hidden, feed_forward.shift, feed_forward.scale, self.eps)
             return gated_add(hidden, self.feed_forward(x), feed_forward.gate)
 
     def _self_attention(self, hidden: Array, modulation: Modulation, context: WanContext, attend: Attend) -> Array:
-        x = modulated_norm(hidden, modulation.shift, modulation.scale, self.eps)
+        x = modulated_norm_into(self.self_attention.q, hidden, modulation.shift, modulation.scale, self.eps)
         return self.self_attention.self_attention(x, attend, context.rope)
 
     def _cross_attention(self, hidden: Array, context: WanContext, attend: Attend) -> Array:
-        x = hidden if self.cross_attention_norm is None else self.cross_attention_norm(hidden)
+        norm = self.cross_attention_norm
+        x = hidden if norm is None else norm.into(self.cross_attention.q, hidden)
         return self.cross_attention.cross_attention(x, context.text, attend, context.text_length)
 
 

@@ -29,8 +29,10 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.fp8 import Columns, Part
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
-from smartdiff_jax.models.layers import MLP, Linear, RMSNorm, layer_norm, pick_block, stack_blocks, timestep_embedding
+from smartdiff_jax.models.layers import RMSNorm, layer_norm, pick_block, stack_blocks, swiglu, timestep_embedding
+from smartdiff_jax.models.linear import MLP, Linear
 from smartdiff_jax.models.modules import joined_attention, joint_attention, module, scan_attending, side_by_side
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import apply_rope
@@ -180,7 +182,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, dim, rngs, dtype=dtype, use_bias=False)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(jax.nn.silu(self.gate(x).astype(jnp.float32)) * self.up(x))
+        taken = self.gate.take(x)
+        return self.down.join(Part((Columns(self.gate.product(taken)), Columns(self.up.product(taken))), swiglu))
 
 
 class ZImageBlock(nnx.Module):
@@ -242,7 +245,8 @@ class ZImageBlock(nnx.Module):
             return tuple(_add(x, of_feed_forward.gate * y) for x, y in zip(streams, outputs, strict=True))
 
     def _qkv(self, x: Float[Array, "b n d"], rope: Rope) -> QKV:
-        q, k, v = (layer(x).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
+        taken = self.q.take(x)
+        q, k, v = (layer(taken).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
         return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
 
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.family import Architecture, KeyRule, linear
-from smartdiff_jax.models.layers import MLP, LayerNorm, Linear, scan_blocks, stack_blocks
+from smartdiff_jax.models.layers import LayerNorm, scan_blocks, stack_blocks
+from smartdiff_jax.models.linear import MLP, Linear
 
 # What CLIP-L's config.json gives for its end token, wrongly: it stands for "the highest id", which the end token has.
 _LEGACY_EOS = 2

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.family import Architecture, KeyRule, linear
-from smartdiff_jax.models.layers import Linear, RMSNorm, scan_blocks, stack_blocks
+from smartdiff_jax.models.layers import RMSNorm, scan_blocks, stack_blocks
+from smartdiff_jax.models.linear import Linear
 from smartdiff_jax.models.rope import axial_rope_table
 
 RotaryTable = tuple[Float[Array, "l r"], Float[Array, "l r"]]

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_va
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.family import Architecture, KeyRule, linear
-from smartdiff_jax.models.layers import Linear, RMSNorm, gelu, scan_blocks, stack_blocks
+from smartdiff_jax.models.layers import RMSNorm, gelu, scan_blocks, stack_blocks
+from smartdiff_jax.models.linear import Linear
 
 
 class T5Config(BaseModel):

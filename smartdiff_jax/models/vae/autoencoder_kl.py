@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.models.family import Architecture, KeyRule
-from smartdiff_jax.models.layers import Linear, wide_attention
+from smartdiff_jax.models.layers import wide_attention
+from smartdiff_jax.models.linear import Linear
 from smartdiff_jax.models.vae.causal_conv import conv2d
 from smartdiff_jax.sharding.windows import WHOLE, Windows, halos
 

@@ -1,0 +1,108 @@
+"""Linear layers, and what passes between them.
+
+The dtype of a layer's kernel is the dtype it computes in, but where its kernel has 8 bits (`precision: fp8`): then what
+goes in becomes 8 bits too, once for all layers that share it, and what comes out is scaled where it is read (kernels/fp8.py).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from smartdiff_jax.kernels import fp8, fused_rows
+from smartdiff_jax.kernels.fp8 import Columns, Part, Product, Rows
+
+Features = Float[Array, "..."] | Rows
+"""What a linear layer takes: [*batch, in]."""
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, in the kernel's dtype unless `compute_dtype` says otherwise.
+
+    kernel [in, out], Xavier uniform unless told otherwise; bias zero. In 8 bits it is [out, in] with a scale [out], and what
+    comes out has `compute_dtype`. fused: rows of 8 bits are made by a kernel that runs on one device.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        compute_dtype: DTypeLike | None = None,
+        kernel_init: Initializer = initializers.xavier_uniform(),
+    ):
+        self.compute_dtype: Any = compute_dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
+        self.scale: nnx.Param | None = nnx.data(None)
+        self.fused = False
+
+    def __call__(self, x: Features) -> Float[Array, "*batch o"]:
+        if self.scale is not None:
+            return self.product(x).array(self.compute_dtype)
+        assert not isinstance(x, Rows), "8 bits are for layers of 8 bits"
+        kernel = self.kernel[...]
+        dtype = self.compute_dtype or kernel.dtype
+        y = x.astype(dtype) @ kernel.astype(dtype)
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+    def take(self, x: Features) -> Features:
+        """x as this layer multiplies it, for several that do so alike."""
+        return x if self.scale is None or isinstance(x, Rows) else self._rows(Part.of(x.astype(self.compute_dtype)))
+
+    def product(self, x: Features) -> Product:
+        """What `__call__` gives, for a layer that takes it in `join`."""
+        if self.scale is None:
+            y = self(x)
+            return Product(y, lead=y.shape[:-1])
+        bias = None if self.bias is None else self.bias[...]
+        rows = self.take(x)
+        assert isinstance(rows, Rows)
+        return fp8.multiply(rows, self.kernel[...], self.scale[...], bias, self.compute_dtype)
+
+    def join(self, *parts: Part) -> Float[Array, "*batch o"]:
+        """Of the parts side by side."""
+        if self.scale is not None:
+            return self(self._rows(*parts))
+        dtype = self.compute_dtype or self.kernel[...].dtype
+        features = [part.array(dtype) for part in parts]
+        return self(features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1))
+
+    def round_to_8_bits(self, quantize: Callable[[Any], tuple[Any, Any]], *, fused: bool) -> None:
+        """Its kernel, or each of a stack [..., in, out]. quantize: as fp8.quantize_kernel. What comes out keeps the dtype."""
+        self.compute_dtype = self.compute_dtype or self.kernel.get_value().dtype
+        values, scale = quantize(self.kernel.get_value())
+        self.kernel, self.scale, self.fused = nnx.Param(values), nnx.Param(scale), fused
+
+    def _rows(self, *parts: Part) -> Rows:
+        return (fused_rows if self.fused else fp8).join_rows(parts)
+
+
+class MLP(nnx.Module):
+    """Linear, activation (in float32), Linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        activation: Callable[[Array], Array],
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer = initializers.xavier_uniform(),
+    ):
+        self.activation = activation
+        self.linear_1 = Linear(in_features, hidden_features, rngs, dtype=dtype, kernel_init=kernel_init)
+        self.linear_2 = Linear(hidden_features, out_features, rngs, dtype=dtype, kernel_init=kernel_init)
+
+    def __call__(self, x: Features) -> Float[Array, "*batch o"]:
+        return self.linear_2.join(Part((Columns(self.linear_1.product(x)),), self.activation))
