@@ -1,10 +1,9 @@
-"""Attention in 8 bits for Hopper GPUs in Pallas: scores in int8, weights times values in fp8 (quantize.py, mosaic/sage.py)."""
+"""Attention in 8 bits for Hopper GPUs: scores in int8, weights times values in fp8 (fused_quantize.py, mosaic/sage.py)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from smartdiff_jax.kernels.hopper import cluster_size, pad_tokens, require_hopper
-from smartdiff_jax.kernels.quantize import quantize
+from smartdiff_jax.kernels.hopper import cluster_size, require_hopper
 
 
 def pallas_sage_attention(
@@ -18,16 +17,14 @@ def pallas_sage_attention(
 ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]:
     """Serves half precision and head dims 64 and 128, on Hopper GPUs with JAX 0.11 or newer. Not exact: see docs/kernels.md."""
     require_hopper("pallas_sage", q)
+    from smartdiff_jax.kernels.fused_quantize import quantize
     from smartdiff_jax.kernels.mosaic.sage import BLOCK, sage
     from smartdiff_jax.kernels.mosaic.warpgroups import PERMUTATION
 
     queries, keys = q.shape[1], k.shape[1]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    x = quantize(q, k, v, kv_length, scale=factor, block=BLOCK, order=PERMUTATION)
     lengths = jnp.full(q.shape[0], keys, jnp.int32) if kv_length is None else kv_length
-    # Padding must not be among what is looked at for scales; where there is none, nothing has to be masked.
-    counted = lengths if keys % 8 and kv_length is None else kv_length
-    q_padded, k_padded, v_padded = (pad_tokens(x) for x in (q, k, v))
-    x = quantize(q_padded, k_padded, v_padded, counted, scale=factor, block=BLOCK, order=PERMUTATION)
     out, lse = sage(x, lengths, dtype=q.dtype, with_lse=with_lse, cluster=cluster_size(queries))
     if lse is not None:
         lse = lse[..., :queries] + factor * jnp.einsum("bshd,bhd->bhs", q.astype(jnp.float32), x.shared)

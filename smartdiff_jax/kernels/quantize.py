@@ -51,9 +51,7 @@ def quantize(
     if kv_length is not None:
         counts = (jnp.arange(k.shape[1]) < kv_length[:, None])[:, :, None, None]
         k, v = jnp.where(counts, k, 0.0), jnp.where(counts, v, 0.0)
-    some = k[:, ::SAMPLE]
-    number = some.shape[1] if kv_length is None else jnp.maximum((kv_length + SAMPLE - 1) // SAMPLE, 1)[:, None, None]
-    shared = jnp.sum(some, axis=1) / number
+    shared = mean_of_some(k, kv_length)
     k = k - shared[:, None]
     if kv_length is not None:
         k = jnp.where(counts, k, 0.0)
@@ -73,6 +71,16 @@ def quantize(
         v_scale=v_scale,
         shared=shared,
     )
+
+
+def mean_of_some(k: Float[Array, "b t h d"], kv_length: Int[Array, " b"] | None) -> Float[Array, "b h d"]:
+    """Of every SAMPLE-th key that counts."""
+    some = k[:, ::SAMPLE].astype(jnp.float32)
+    if kv_length is None:
+        return jnp.mean(some, axis=1)
+    counts = (SAMPLE * jnp.arange(some.shape[1]) < kv_length[:, None])[:, :, None, None]
+    number = jnp.maximum((kv_length + SAMPLE - 1) // SAMPLE, 1)[:, None, None]
+    return jnp.sum(jnp.where(counts, some, 0.0), axis=1) / number
 
 
 def _int8(x: Array) -> Array:
