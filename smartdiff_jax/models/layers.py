@@ -16,7 +16,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from smartdiff_jax.kernels import fused_rows
 from smartdiff_jax.models.linear import Features, Linear
 
 T = TypeVar("T")
@@ -49,7 +48,7 @@ class LayerNorm(nnx.Module):
     def into(self, layer: Linear, x: Float[Array, "b s d"]) -> Features:
         """The same as `layer`, or others like it, takes it."""
         if layer.fused:
-            return fused_rows.norm_rows(x, self.bias[None, None], self.scale[None, None] - 1, self.eps)
+            return layer.normed(x, self.bias[None, None], self.scale[None, None] - 1, self.eps)
         return layer.take(self(x))
 
 
@@ -81,7 +80,7 @@ def modulated_norm_into(
 ) -> Features:
     """The same as `layer`, or others like it, takes it."""
     if layer.fused:
-        return fused_rows.norm_rows(x, shift, scale, eps)
+        return layer.normed(x, shift, scale, eps)
     return layer.take(modulated_norm(x, shift, scale, eps))
 
 

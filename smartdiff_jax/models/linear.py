@@ -14,7 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from smartdiff_jax.kernels import fp8, fused_rows
+from smartdiff_jax.kernels import fp8
 from smartdiff_jax.kernels.fp8 import Columns, Part, Product, Rows
 
 Features = Float[Array, "..."] | Rows
@@ -83,7 +83,17 @@ class Linear(nnx.Module):
         self.kernel, self.scale, self.fused = nnx.Param(values), nnx.Param(scale), fused
 
     def _rows(self, *parts: Part) -> Rows:
-        return (fused_rows if self.fused else fp8).join_rows(parts)
+        if not self.fused:
+            return fp8.join_rows(parts)
+        from smartdiff_jax.kernels import fused_rows  # Pallas takes half a second to import
+
+        return fused_rows.join_rows(parts)
+
+    def normed(self, x: Float[Array, "b s d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"], eps: float) -> Rows:
+        """Layer norm * (1 + scale) + shift as a fused layer takes it."""
+        from smartdiff_jax.kernels import fused_rows
+
+        return fused_rows.norm_rows(x, shift, scale, eps)
 
 
 class MLP(nnx.Module):
