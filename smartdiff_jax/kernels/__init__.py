@@ -7,6 +7,7 @@ from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.kernels.cudnn import cudnn_attention
 from smartdiff_jax.kernels.pallas_flash import pallas_flash_attention
 from smartdiff_jax.kernels.pallas_sage import pallas_sage_attention
+from smartdiff_jax.kernels.triton_sage import triton_sage_attention
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.registry import Registry
 
@@ -37,6 +38,7 @@ ATTENTION: Registry[AttentionFn] = Registry(
         "auto": first_of(PREFERENCE),
         "pallas_flash": pallas_flash_attention,
         "pallas_sage": pallas_sage_attention,
+        "triton_sage": triton_sage_attention,
         "cudnn": cudnn_attention,
         "xla": xla_attention,
     },
