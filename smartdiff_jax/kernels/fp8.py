@@ -118,5 +118,4 @@ def multiply(
     """x @ kernel + bias. `dtype` of its values must reach as far as bfloat16: they are as large as 448 squared times i."""
     contract = ((x.values.ndim - 1,), (1,)), ((), ())
     values = lax.dot_general(x.values, kernel, contract, preferred_element_type=jnp.dtype(dtype))
-    values = lax.optimization_barrier(values)  # XLA would write float32, twice the bytes, as more precise than was asked for
     return Product(values, x.scale, scale, bias, x.lead)

@@ -86,9 +86,6 @@ def modulated_norm_into(
 
 def gated_add(x: Float[Array, "b s d"], y: Float[Array, "b s d"], gate: Float[Array, "b 1 d"]) -> Float[Array, "b s d"]:
     """x + gate * y in float32, in x's dtype."""
-    if y.dtype != jnp.float32:
-        # XLA would have the product before write float32, twice the bytes, as more precise than was asked for.
-        y = jax.lax.optimization_barrier(y)
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 

@@ -99,7 +99,7 @@ def test_the_interpreter_agrees_with_float64(interpreted, case):
         top = counts.max(-1, keepdims=True)
         weights = np.exp(counts - top)
         true = np.einsum("hst,thd->shd", weights / weights.sum(-1, keepdims=True), exact_v[i, :length])
-        # fp8 has four bits of weights and of values, which the interpreter cuts and a GPU rounds; float16 leaves what int8 loses
+        # fp8 has four bits of weights and of values, which the interpreter cuts, not rounds; float16 leaves what int8 loses
         assert np.linalg.norm(out[i] - true) / np.linalg.norm(true) < (0.07 if fp8 else 0.02)
         shared = d**-0.5 * np.einsum("shd,hd->hs", exact_q[i], keys_shared[i])
         assert np.abs(lse[i] + shared - (top + np.log(weights.sum(-1, keepdims=True)))[..., 0]).max() < 0.03
