@@ -39,7 +39,7 @@ from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh, replicated  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain  # noqa: E402
-from smartdiff_jax.weights.fp8 import to_fp8  # noqa: E402
+from smartdiff_jax.weights.fp8 import are_fused, to_fp8  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
 
 TEXT_LENGTH = 512
@@ -69,7 +69,7 @@ class Bench:
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: wan.ARCHITECTURE.build(self.config, nnx.Rngs(0))))
         self.weights = random_state(wan.ARCHITECTURE, self.config, dtype, 0, lambda path, shape: replicated(mesh))
         if precision == "fp8":
-            self.graphdef, self.weights = to_fp8(self.graphdef, self.weights, mesh)
+            self.graphdef, self.weights = to_fp8(self.graphdef, self.weights, fused=are_fused(mesh))
         jax.block_until_ready(self.weights)
         self.weights_s = time.perf_counter() - STARTED - self.imported_s - self.device_s
         self.attend = wrap(ATTENTION[attention], mesh)

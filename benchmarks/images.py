@@ -87,7 +87,7 @@ class Bench:
         from smartdiff_jax.sharding.context_parallel import wrap
         from smartdiff_jax.sharding.mesh import make_mesh, replicated
         from smartdiff_jax.weights.apart import apart
-        from smartdiff_jax.weights.fp8 import to_fp8
+        from smartdiff_jax.weights.fp8 import are_fused, to_fp8
 
         self.settings = {"attention": attention, "precision": precision}
         self.task, self.spec = task, known_models()[task["name"]]
@@ -97,7 +97,7 @@ class Bench:
         self.attend = wrap(ATTENTION[attention], self.mesh)
         self.graphdef, self.config, stacked = self._component("transformer")
         if precision == "fp8":
-            self.graphdef, stacked = to_fp8(self.graphdef, stacked, self.mesh)
+            self.graphdef, stacked = to_fp8(self.graphdef, stacked, fused=are_fused(self.mesh))
         self.weights = apart(stacked)
         patches = self.family.patches(self.config)
         grid, length, branches = patches.grid(tuple(task["latents"])), task["text_length"], task["branches"]

@@ -39,7 +39,9 @@ def check(
     ATTENTION[system.attention]  # an unknown name is an error here, and not on the GPUs
     # A mesh file is for GPUs, where "auto" is bfloat16.
     dtype = "bfloat16" if system.dtype == "auto" else system.dtype
-    work = workload(outline(model, jnp.dtype(dtype)), size)
+    work = workload(outline(model, jnp.dtype(dtype), precision=system.precision), size)
+    if system.precision == "fp8":
+        dtype += " with fp8 products, whose time is told as bfloat16's"
     batched = system.guidance == "batched"
     plan, single = (plan_mesh(work, mesh, batched=batched, residency=system.residency) for mesh in (system.mesh, MeshConfig()))
     for label, text in describe_plan(work, plan, single, dtype, memory):

@@ -31,7 +31,7 @@ from smartdiff_jax.sharding.weights import ShardingFor, weight_sharding
 from smartdiff_jax.stages.tokenize import find_pad_id, load_tokenizer
 from smartdiff_jax.weights.apart import apart
 from smartdiff_jax.weights.folder import CheckpointFolder, Component, open_folder
-from smartdiff_jax.weights.fp8 import require_fp8, to_fp8
+from smartdiff_jax.weights.fp8 import are_fused, require_fp8, to_fp8
 from smartdiff_jax.weights.hub import fetch
 from smartdiff_jax.weights.residency import at_rest
 from smartdiff_jax.weights.store import WeightStore, store_key
@@ -133,7 +133,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         graphdef, state = _load_component(architecture, configs[name], component, dtype, place, store)
         if name.startswith("transformer"):
             if system.precision == "fp8":
-                graphdef, state = to_fp8(graphdef, state, mesh)
+                graphdef, state = to_fp8(graphdef, state, fused=are_fused(mesh))
             if _lie_apart(family, system):
                 state = apart(state)
         components[name] = graphdef, state

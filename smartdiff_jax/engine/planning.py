@@ -25,6 +25,7 @@ from smartdiff_jax.sharding.mesh import replicated
 from smartdiff_jax.sharding.workload import Attention, Parameter, Workload, mesh_of_numbers
 from smartdiff_jax.stages.decode import WHOLE_CLIP_LATENTS
 from smartdiff_jax.weights.folder import CheckpointFolder, open_folder
+from smartdiff_jax.weights.fp8 import to_fp8
 from smartdiff_jax.weights.stream import abstract, dotted
 
 ROWS = (61, 127)
@@ -33,8 +34,8 @@ ALIVE = 3
 """Arrays as large as the largest that a decoder holds at a time: what it reads, what it makes, and the shortcut."""
 
 
-def outline(model: str | Path, dtype: Any = jnp.bfloat16) -> LoadedModel:
-    """A model whose weights are shapes only (jax.ShapeDtypeStruct).
+def outline(model: str | Path, dtype: Any = jnp.bfloat16, *, precision: str = "full") -> LoadedModel:
+    """A model whose weights are shapes only (jax.ShapeDtypeStruct). precision: as in SystemConfig.
 
     model: a known name, whose numbers are in `config/models/`, or a folder in diffusers layout; only config files are read.
     Raises InvalidConfig for what is neither.
@@ -42,24 +43,27 @@ def outline(model: str | Path, dtype: Any = jnp.bfloat16) -> LoadedModel:
     name = str(model)
     known = known_models()
     if name in known:
-        return _known(name, jnp.dtype(dtype))
+        return _known(name, jnp.dtype(dtype), precision)
     if Path(name).is_dir():
         folder = open_folder(Path(name))
-        return _assemble(spec_of(folder), folder, jnp.dtype(dtype))
+        return _assemble(spec_of(folder), folder, jnp.dtype(dtype), precision)
     raise InvalidConfig("model", name, f"is no folder and no known name ({', '.join(known)}); download it first")
 
 
 @lru_cache(maxsize=4)
-def _known(name: str, dtype: Any) -> LoadedModel:
+def _known(name: str, dtype: Any, precision: str) -> LoadedModel:
     spec = known_models()[name]
-    return _assemble(spec, open_folder(bundled_folder(name)) if spec.bundled else None, dtype)
+    return _assemble(spec, open_folder(bundled_folder(name)) if spec.bundled else None, dtype, precision)
 
 
-def _assemble(spec: ModelSpec, folder: CheckpointFolder | None, dtype: Any) -> LoadedModel:
+def _assemble(spec: ModelSpec, folder: CheckpointFolder | None, dtype: Any, precision: str) -> LoadedModel:
     family = FAMILIES[spec.family]
     configs = _configs(spec, family, folder)
     nowhere = mesh_of_numbers(MeshConfig())
     parts = {name: _shapes(family.architectures[name], config, dtype, nowhere) for name, config in configs.items()}
+    if precision == "fp8":
+        denoisers = {name: part for name, part in parts.items() if name.startswith("transformer")}
+        parts |= {name: to_fp8(*part, fused=False) for name, part in denoisers.items()}
     return LoadedModel(
         spec=spec,
         family=family,

@@ -38,14 +38,18 @@ def require_fp8(dtype: Any) -> None:
         raise InvalidConfig("precision", "fp8", remedy)
 
 
-def to_fp8(graphdef: Any, weights: nnx.State, mesh: Mesh) -> tuple[Any, nnx.State]:
+def to_fp8(graphdef: Any, weights: nnx.State, *, fused: bool) -> tuple[Any, nnx.State]:
     """The same denoiser with 8-bit blocks. weights: arrays, which are freed one by one, or jax.ShapeDtypeStruct."""
     model = nnx.merge(graphdef, weights)
-    fused = mesh.size == 1 and jax.default_backend() == "gpu"  # Pallas' kernels know one device's rows
     for path, layer in nnx.iter_modules(model):
         if isinstance(layer, Linear) and _is_rounded(dotted(path), layer):
             layer.round_to_8_bits(_quantize, fused=fused)
     return nnx.split(model)
+
+
+def are_fused(mesh: Mesh) -> bool:
+    """Whether rows of 8 bits are made by kernels (kernels/fused_rows.py), which know one device's rows and run on GPUs."""
+    return mesh.size == 1 and jax.default_backend() == "gpu"
 
 
 def _is_rounded(path: str, layer: Linear) -> bool:
