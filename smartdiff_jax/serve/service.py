@@ -101,8 +101,11 @@ class Service:
 
     def _watch(self) -> None:
         while not self._leaving.wait(LOOK_SECONDS):
-            if self.settings.look() and self._engine is not None:
-                self._adopt()
+            try:
+                if self.settings.look() and self._engine is not None:
+                    self._adopt()
+            except Exception:  # what is wrong with this look may not be with the next
+                log.exception("the settings could not be looked at")
 
     def _adopt(self) -> None:
         with self._adopting:  # the last to come has read what is newest
