@@ -27,6 +27,7 @@ from smartdiff_jax.engine.output import GenerateOutput
 from smartdiff_jax.engine.pipeline import OnProgress, Pause, Pipeline
 from smartdiff_jax.engine.run import CHECKPOINT, Lap, Run, work_of
 from smartdiff_jax.engine.scheduler import Entry, Forecast, Scheduler
+from smartdiff_jax.engine.shapes import Shapes
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.upgrade import Upgrades
 from smartdiff_jax.engine.warming import warm_defaults
@@ -76,6 +77,7 @@ class Engine:
         self._started = self._taking = False
         self._media = 0
         self._dirty: set[str] = set()
+        self.shapes = Shapes()
         self._text = concurrent.futures.ThreadPoolExecutor(1, "text")
         self._writers = concurrent.futures.ThreadPoolExecutor(2, "media")
         self._threads = [threading.Thread(target=body, name=name) for name, body in
@@ -84,9 +86,8 @@ class Engine:
     # What others ask of it, on any thread.
 
     def warm(self, on_progress: OnProgress) -> Iterator[str]:
-        """Compile what each model's default request needs; yields the models as they are warm. Before `start`: jobs that come
-        meanwhile are taken, and wait."""
-        return warm_defaults(self.pipelines, self.limits, on_progress)
+        """Compile what each model's default request needs; yields the models as they are warm. Jobs that come wait."""
+        return warm_defaults(self.pipelines, self.limits, self.shapes, on_progress)
 
     def start(self) -> None:
         self._refresh()
@@ -105,10 +106,11 @@ class Engine:
             if thread.is_alive():
                 thread.join()
         self._text.shutdown()
+        self.shapes.stop()
         self._writers.shutdown()
         for run in list(self._runs.values()):
             if run.can_checkpoint and not run.cancelled:
-                self._save(run)
+                self._in_background(self._write, run, run.checkpoint())
             deliver.persist(lambda run=run: self.store.release(run.job.id, self.name))
         self.store.save_rates(self.costs.changes())
         self.upgrades.join()  # last: what is loading takes its time, and the jobs are saved by now
@@ -189,8 +191,9 @@ class Engine:
         """The waiting job to claim now: one that should run at once, or one to have ready."""
         if self._stopping.is_set() or not self._started:
             return None
-        begun = [run for run in self._runs.values() if run.job.id in self._scheduler]
-        if len(begun) >= MAX_BEGUN:
+        runs = [run for run in self._runs.values() if run.job.id in self._scheduler]
+        begun = [run for run in runs if not run.compiling]  # the device does not wait for the others
+        if len(runs) >= MAX_BEGUN:
             return None
         running: dict[str, int] = {}
         for run in self._runs.values():
@@ -234,18 +237,28 @@ class Engine:
         try:
             refused = run.open(self.artifacts)
         except Exception as error:
-            self._fail(run, error)
-            return
+            return self._fail(run, error)
         self.newest[job.model] = run.params
         if refused is not None:
             log.warning("%s begins anew: %s", job.id, refused)
         elif run.resumed:
             self.metrics.resumed.labels(job.model).inc()
         self.metrics.stage.labels(job.model, "text").observe(time.perf_counter() - began)
+        if self.shapes.is_known(run.pipe, run.resolved):
+            self._make_ready(run, None)
+        else:
+            self.shapes.compile(run, self._make_ready)
+
+    # The compiling thread too.
+
+    def _make_ready(self, run: Run, error: Exception | None) -> None:
+        if error is not None:
+            return self._fail(run, error)
         with self._turn:
             run.ready = True
             self._turn.notify_all()
-        self._tell(job.id)
+        self._tell(run.job.id)
+        self._prefetch()
 
     # The device thread.
 
@@ -289,6 +302,7 @@ class Engine:
             with self._turn:
                 self._scheduler.expect(job.id, self.costs.left(run.work, stage, run.progress.done / run.progress.total))
         if isinstance(lap.event, GenerateOutput):
+            self.shapes.remember(run.pipe, run.resolved)
             with self._turn:
                 self._scheduler.remove(job.id)
                 self._media += 1
@@ -310,9 +324,6 @@ class Engine:
                 self._writers.submit(self._in_background, self._write, run, checkpoint)
         self._dirty.add(job.id)
         self._tell(job.id)
-
-    def _save(self, run: Run) -> None:
-        self._in_background(self._write, run, run.checkpoint())
 
     # The media threads.
 
@@ -343,11 +354,7 @@ class Engine:
             return
         job = run.job
         self.metrics.stage.labels(job.model, "media").observe(time.perf_counter() - began)
-        for stage, seconds in output.report.seconds.items():
-            if stage != "text":
-                self.metrics.stage.labels(job.model, stage).observe(seconds)
-        for letter in "".join(output.report.steps):
-            self.metrics.steps.labels(job.model, "skipped" if letter == "." else "computed").inc()
+        self.metrics.tell_result(job.model, output.report)
         report = deliver.report_of(output)
         steps = len(output.report.steps[0]) * len(output.report.steps)
         values = {"done": steps, "total": steps, "previews_made": run.previews_made, "device_seconds": run.device_seconds}

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from smartdiff_jax.engine.job import Job
+from smartdiff_jax.engine.output import Report
 
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 
@@ -42,6 +43,14 @@ class Metrics:
             self.waiting.labels(model).set(len(of_model))
             self.oldest.labels(model).set(max(time.time() - min(of_model), 0.0) if of_model else 0.0)
             self.running.labels(model).set(sum(job.model == model for job in running))
+
+    def tell_result(self, model: str, report: Report) -> None:
+        """What a job's stages took on the device, and which steps were computed."""
+        for stage, seconds in report.seconds.items():
+            if stage != "text":  # which was told when it was encoded
+                self.stage.labels(model, stage).observe(seconds)
+        for letter in "".join(report.steps):
+            self.steps.labels(model, "skipped" if letter == "." else "computed").inc()
 
     def exposition(self) -> bytes:
         """In Prometheus' text format."""

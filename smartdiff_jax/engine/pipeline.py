@@ -226,6 +226,10 @@ class Pipeline:
         """Of one output."""
         return self._model.count_tokens(params.width, params.height, params.num_frames)
 
+    def compile_decoder(self, params: ResolvedParams) -> None:
+        """So that a picture of this size is not waited for when it is decoded."""
+        self._decode.compile(self._model.latent_shape(params.width, params.height, params.num_frames))
+
     @property
     def frame_multiple(self) -> int:
         """Frames are 1 more than a multiple of it; 0 for a picture model."""

@@ -35,6 +35,7 @@ class Run:
     """A job that this engine holds the lease of. params, work: what it asks for, once it is open."""
 
     params: GenerateParams
+    resolved: ResolvedParams
     work: Work
 
     def __init__(self, job: Job, pipe: Pipeline):
@@ -43,7 +44,7 @@ class Run:
         self.device_seconds = job.device_seconds
         self.saved_at = job.device_seconds
         self.previews_made = job.previews_made
-        self.cancelled = self.lost = self.ready = self.saving = self.resumed = False
+        self.cancelled = self.lost = self.ready = self.saving = self.resumed = self.compiling = False
         self._stream: Iterator[Progress | GenerateOutput] = iter(())
         self._pause: Pause | None = None
         self._laps = 0
@@ -55,7 +56,8 @@ class Run:
         what another took when the job came.
         """
         self.params = GenerateParams.create(**self.job.params)
-        self.work = work_of(self.pipe, self.pipe.check(self.params))
+        self.resolved = self.pipe.check(self.params)
+        self.work = work_of(self.pipe, self.resolved)
         resume, refused = None, None
         if artifacts is not None:
             try:
@@ -74,21 +76,32 @@ class Run:
             self.progress = event
         return refused
 
+    def compile(self) -> None:
+        """Up to the first step, which compiles all that the request needs; on no thread that others wait for."""
+        self.progress = Progress("compile", 0, 1)
+        self.pipe.compile_decoder(self.resolved)
+        event = self._next()
+        assert isinstance(event, Pause) and event.done < event.total
+        self.progress = self._pause = event
+
+    def _next(self) -> Progress | GenerateOutput:
+        try:
+            return next(self._stream)
+        except CheckpointError:
+            self.open(None)  # made by this model for another request: a file that was tampered with
+            return next(self._stream)
+
     def advance(self) -> Lap:
         """One chunk of the device's work."""
         before, self._pause = self.progress, None
-        try:
-            event = next(self._stream)
-        except CheckpointError:
-            self.open(None)  # made by this model for another request: a file that was tampered with
-            return self.advance()
+        event = self._next()
         self._laps += 1
         if isinstance(event, GenerateOutput):
             return Lap(event, 0, False)
         self.progress = event
         self._pause = event if isinstance(event, Pause) else None
         same = event.stage == before.stage
-        # The first chunk starts the loop, and may compile it.
+        # The first event starts the loop, and may compile it.
         return Lap(event, event.done - before.done if same else 0, same and self._laps > 1 and event.done > before.done)
 
     @property

@@ -87,7 +87,7 @@ class Upgrades:
             self._set(model, state="warming")
             newest = self._engine.newest.get(model)
             if newest is not None:
-                warm(pipe, newest, self._unless_leaving)
+                self._engine.shapes.remember(pipe, pipe.check(warm(pipe, newest, self._unless_leaving)))
             self._set(model, state="draining")
             if self._drain(self._engine.replace(model, pipe)):
                 settle()  # weights hang in cycles with the functions that were compiled for them

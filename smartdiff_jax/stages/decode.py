@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.sharding.windows import WHOLE, windows_of
 from smartdiff_jax.stages.base import jit_in
-from smartdiff_jax.weights.residency import Held
+from smartdiff_jax.weights.residency import Held, Resident
 
 WHOLE_CLIP_LATENTS = 4096
 """A clip of at most so many latent positions is decoded at once: its activations are small, and one pass is faster."""
@@ -48,6 +48,13 @@ class Decode:
             return run(weights, latents)
 
         self._decode = jit_in(dtype, decode, static_argnames="to_uint8")
+
+    def compile(self, shape: tuple[int, ...]) -> None:
+        """What latents of a shape need, which the call finds on disk: jax keeps it nowhere else. Weights that come and go
+        between uses are left alone."""
+        if isinstance(self._weights, Resident):
+            latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._layout.replicated)
+            self._decode.lower(self._weights.kept, latents, to_uint8=True).compile()
 
     def __call__(self, latents: Float[Array | np.ndarray, "b c f h w"], to_uint8: bool = True) -> Array:
         """[b c f h w] to frames [b, f', h', w', 3]: uint8, or float32 in [0, 1]."""

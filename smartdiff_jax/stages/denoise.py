@@ -252,7 +252,7 @@ def denoise(
     resume: Checkpoint | None = None,
     stops: Collection[int] = (),
 ) -> Iterator[ChunkDone | DenoiseCarry]:
-    """Drive the loop chunk by chunk; yields ChunkDone after each, and at last the carry.
+    """Drive the loop chunk by chunk; yields ChunkDone when all is compiled and after each chunk, and at last the carry.
 
     num_tokens: how many tokens count, where they were padded for the mesh.
     branches: leaves [n ...], positive first, n = 2 with classifier-free guidance and 1 without. `chunk`
@@ -262,12 +262,21 @@ def denoise(
     stops: steps after which a chunk ends and tells its estimate.
     """
     num_steps = int(schedule.num_steps)
+    counts = None if num_tokens is None else np.int32(num_tokens)
+
+    def run(weights: Any, carry: DenoiseCarry, lo: int, hi: int, first: int) -> DenoiseCarry:
+        bounds = np.int32(lo), np.int32(hi), np.int32(first)
+        return compiled(weights, carry, branches, schedule, guidance_scale, policy, sampler, *bounds, counts)
+
     with experts[0].weights.use() as weights:
-        start, run = loop.functions(weights, tokens, branches, policy, sampler)
+        start, compiled = loop.functions(weights, tokens, branches, policy, sampler)
         carry = start(weights, tokens, branches, policy, sampler)
+        carry = run(weights, carry, 0, 0, 0)  # no step: compiled before a device is waited for
+        carry.tokens.block_until_ready()
     length, done, sigmas = chunk or 1, 0, np.asarray(schedule.sigmas)
     if resume is not None and resume.step > 0:
         carry, done = restore(resume.carry, carry), resume.step
+    yield ChunkDone("denoise", done, num_steps, carry, None)
     for expert in experts:
         lo = max(expert.first, done)
         while lo < expert.last:
@@ -275,21 +284,9 @@ def denoise(
             before = jnp.copy(carry.tokens) if hi in stops else None
             began = time.perf_counter()
             with expert.weights.use() as weights:
-                carry = run(
-                    weights,
-                    carry,
-                    branches,
-                    schedule,
-                    guidance_scale,
-                    policy,
-                    sampler,
-                    np.int32(lo),
-                    np.int32(hi),
-                    np.int32(expert.first),
-                    None if num_tokens is None else np.int32(num_tokens),
-                )
+                carry = run(weights, carry, lo, hi, expert.first)
                 carry.tokens.block_until_ready()
-            if chunk is None and lo > done:
+            if chunk is None:
                 per_step = (time.perf_counter() - began) / (hi - lo)
                 length = min(max(1, int(CHUNK_SECONDS / per_step)), MAX_CHUNK)
             estimate = None if before is None else clean(before, carry.tokens, sigmas[lo], sigmas[hi])

@@ -1,6 +1,7 @@
 """The engine with a tiny model: order, overlap, cancelling, failing alone, resuming, leases."""
 
 import contextlib
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ from smartdiff_jax.engine import store as stores
 from smartdiff_jax.engine.admission import Submission, admit
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.engine import Engine
-from smartdiff_jax.engine.run import CHECKPOINT
+from smartdiff_jax.engine.run import CHECKPOINT, Run
 from smartdiff_jax.engine.store import JobStore, QueueFull
 from smartdiff_jax.errors import InvalidRequest
 
@@ -94,6 +95,41 @@ def test_a_picture_behind_a_video_is_done_first_and_cancel_ends_the_video(bench,
     assert bench.wait(video).state == "cancelled" and time.monotonic() - began < 2.0
     bench.wait_for(lambda: not engine._runs)
     assert engine.backlog() == 0.0
+
+
+def test_a_shape_that_is_new_is_compiled_while_others_are_served(bench, monkeypatch):
+    """The device goes on; an error of compiling is the job's own."""
+    engine = bench.engine()
+    let_go, compiled = threading.Event(), []
+
+    def compile(run, original=Run.compile):
+        compiled.append(run.job.id)
+        assert let_go.wait(60)
+        original(run)
+
+    monkeypatch.setattr(Run, "compile", compile)
+    let_go.set()
+    engine.start()
+    assert bench.wait(bench.submit()).state == "succeeded"
+    let_go.clear()
+    new = [bench.submit(SMALL | dict(size=size)) for size in ("48x32", "32x48")]
+    bench.wait_for(lambda: len(compiled) == 2)
+    known = [bench.submit() for _ in range(3)]
+    for job in known:
+        assert bench.wait(job).state == "succeeded"
+    assert {bench.store.get(job.id).state for job in new} == {"running"} and compiled[1:] == [new[0].id]
+    assert engine.live(bench.store.get(new[0].id))[0].stage == "text"  # "compile" from when it really does
+    bench.store.cancel(new[1].id)
+    engine.notice()
+    bench.wait_for(lambda: engine._runs[new[1].id].cancelled)
+    monkeypatch.setattr(pipeline.Pipeline, "compile_decoder", lambda *_: 1 / 0)
+    let_go.set()
+    failed = bench.wait(new[0])
+    assert failed.state == "failed" and failed.error["code"] == "internal_error"
+    assert bench.wait(new[1]).state == "cancelled" and new[1].id not in compiled
+    monkeypatch.undo()
+    again = bench.submit(SMALL | dict(size="48x32"))
+    assert bench.wait(again).state == "succeeded"
 
 
 def test_a_stopped_engine_saves_and_another_ends_in_the_same_bits(bench, pipe):

@@ -10,6 +10,7 @@ from smartdiff_jax.engine.admission import Submission, admit
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.engine import Engine
 from smartdiff_jax.engine.pipeline import Pipeline
+from smartdiff_jax.engine.shapes import Shapes
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.warming import warm_defaults
 from smartdiff_jax.errors import Cancelled
@@ -51,10 +52,10 @@ def test_a_default_that_may_not_be_asked_for_or_has_no_room_is_not_made(cold, mo
         raise AssertionError(progress)
 
     caplog.set_level("INFO", "smartdiff")
-    assert list(warm_defaults({"tiny": cold}, Limits(max_megapixels=0.001), never)) == ["tiny"]
+    assert list(warm_defaults({"tiny": cold}, Limits(max_megapixels=0.001), Shapes(), never)) == ["tiny"]
     assert "larger than max_megapixels" in caplog.text
     monkeypatch.setattr(pipeline, "denoise", no_room)
-    assert list(warm_defaults({"tiny": cold}, Limits(), lambda progress: None)) == ["tiny"]
+    assert list(warm_defaults({"tiny": cold}, Limits(), Shapes(), lambda progress: None)) == ["tiny"]
     assert "not enough memory for its default" in caplog.text
 
 
@@ -63,4 +64,4 @@ def test_it_is_given_up_where_the_service_leaves(cold):
         raise Cancelled("the service is stopping")
 
     with pytest.raises(Cancelled):
-        list(warm_defaults({"tiny": cold}, Limits(), leaving))
+        list(warm_defaults({"tiny": cold}, Limits(), Shapes(), leaving))
