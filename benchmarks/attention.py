@@ -171,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="append", default=[], choices=[*ATTENTION], help="of these alone")
     parser.add_argument("--check", action="store_true", help="errors at odd lengths in the place of speed")
-    parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written")
+    parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written unless to --output")
+    parser.add_argument("--output", type=Path, help="where the result goes instead")
     parser.add_argument("--commit", help="of a copy of the tree without its history")
     options = parser.parse_args(arguments)
     if options.check:
@@ -194,8 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(shape, results["shapes"][shape.name])
         for name, row in peers.get(shape.name, {}).items():
             print(f"  {name:14} {row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  peer")
-        if not options.tiny:
-            write("attention", results)
+        if options.output or not options.tiny:
+            write("attention", results, options.output)
     if "error" in peers:
         print("\nno peer:", peers["error"].strip().splitlines()[-1])
 

@@ -82,11 +82,11 @@ def child(command: list[str], python: str = sys.executable) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def write(name: str, results: dict) -> Path:
-    """Writes results, which hold a "stamp", to benchmarks/results/<name>-<device>.json, and says where that is."""
-    path = result_file(name, results["stamp"])
+def write(name: str, results: dict, file: Path | None = None) -> Path:
+    """Writes results, which hold a "stamp", to `file` or benchmarks/results/<name>-<device>.json, and says where that is."""
+    path = file or result_file(name, results["stamp"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps({"benchmark": name} | results, indent=1) + "\n")
     return path
 
 
