@@ -34,6 +34,7 @@ from smartdiff_jax.cache import POLICIES  # noqa: E402
 from smartdiff_jax.config.system import MeshConfig, SystemConfig  # noqa: E402
 from smartdiff_jax.engine.loading import LoadedModel, _lie_apart, _placement  # noqa: E402
 from smartdiff_jax.engine.planning import _conditioning, _shapes, outline, workload  # noqa: E402
+from smartdiff_jax.engine.profiling import by_kind, kernels_of, options  # noqa: E402
 from smartdiff_jax.kernels import ATTENTION  # noqa: E402
 from smartdiff_jax.kernels.base import QKV  # noqa: E402
 from smartdiff_jax.models.family import Conditioning  # noqa: E402
@@ -165,9 +166,9 @@ class Bench:
         traced = {}
         if trace and self.profile:
             folder = self.profile / case.name.replace("=", "").replace(" ", "-")
-            with jax.profiler.trace(str(folder), profiler_options=quiet()):
+            with jax.profiler.trace(str(folder), profiler_options=options()):
                 carry = one_step(1 + self.repeats, carry)
-            traced = {"kernels_ms": kernels(folder)}
+            traced = {"kernels_ms": by_kind(kernels_of(folder))}
         return {
             "compile_and_first_s": seconds[0],
             "median": float(np.median(seconds[1:])),
@@ -303,41 +304,6 @@ def shrunk(model: LoadedModel, changes: dict[str, dict[str, Any]], dtype: Any) -
     parts = {name: _shapes(model.family.architectures[name], configs[name], dtype, nowhere) for name in changes}
     graph, weights = parts["transformer"]
     return dataclasses.replace(model, configs=configs, denoiser_graph=graph, denoisers=[weights], vae=parts["vae"])
-
-
-KINDS = {
-    "messages": ("nccl",),
-    "attention": ("sdpa", "fmha", "flash", "mosaic"),
-    "matmuls": ("nvjet", "gemm", "cutlass"),
-    "memcpy, memset": ("memcpy", "memset"),
-}
-"""Kernels by words in their names; the others are what XLA fused."""
-
-
-def kernels(folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds of every device's kernels in a trace, by kind; from the first to the end of the last; with none running."""
-    found = {}
-    for plane in jax.profiler.ProfileData.from_file(str(next(folder.rglob("*.xplane.pb")))).planes:
-        events = [event for line in plane.lines if line.name.startswith("Stream") for event in line.events]
-        if not plane.name.startswith("/device:GPU") or not events:
-            continue
-        row: dict[str, float] = dict.fromkeys((*KINDS, "other"), 0.0)
-        end = first = min(event.start_ns for event in events)
-        idle = 0.0
-        for event in sorted(events, key=lambda event: event.start_ns):
-            kind = next((kind for kind, words in KINDS.items() if any(w in event.name.lower() for w in words)), "other")
-            row[kind] += event.duration_ns / 1e6
-            idle += max(0.0, event.start_ns - end) / 1e6
-            end = max(end, event.start_ns + event.duration_ns)
-        found[plane.name.removeprefix("/device:")] = row | {"idle": idle, "span": (end - first) / 1e6}
-    return found
-
-
-def quiet() -> Any:
-    """A trace of kernels, without what Python does."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level, options.host_tracer_level = 0, 1
-    return options
 
 
 def peak_gb(mesh: Mesh) -> list[float] | None:

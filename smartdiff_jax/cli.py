@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smartdiff_jax import cli_bench, cli_eval, cli_mesh, cli_serve
+from smartdiff_jax import cli_bench, cli_eval, cli_mesh, cli_profile, cli_serve
 from smartdiff_jax.errors import InvalidRequest, SmartdiffError
 
 app = typer.Typer(
@@ -92,6 +92,7 @@ def generate(
     config: Annotated[str | None, typer.Option(help="YAML file of system parameters.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write what was done as JSON.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto (.json.gz); tell what costs most.")] = None,
 ) -> None:
     """Make a video (or a picture) from a prompt."""
     with _interruptible("nothing was written"):
@@ -100,6 +101,8 @@ def generate(
 
         if output is not None:
             check_output(output)
+        if profile is not None:
+            cli_profile.prepare(profile, compare_cache)
         request = GenerateParams.create(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -132,9 +135,8 @@ def generate(
                 comparison = compare(pipe, request, show)
                 result = comparison.cached
             else:
-                result = comparison = None
-                for event in pipe.stream(request):
-                    result = show(event)
+                comparison = None
+                result = cli_profile.made(pipe, request, show, profile, console)
         assert isinstance(result, GenerateOutput), "a stream ends with its output"
         paths = result.save(output)
         if report is not None:
@@ -152,8 +154,9 @@ def generate(
             )
             console.print(f"{comparison.speed_up:.2f} times as fast as without; {likeness}", highlight=False)
             paths += comparison.side_by_side().save(output.with_stem(f"{output.stem}-compared"))
-        for path in paths:
-            print(path)
+        for path in (*paths, profile):
+            if path is not None:
+                print(path)
 
 
 def _shown(bars: Progress) -> Callable[[Any], Any]:

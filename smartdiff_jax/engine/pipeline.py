@@ -222,6 +222,10 @@ class Pipeline:
         policy.check_model(self._num_blocks, 2 if defaults.guidance == "cfg" else 1)
         return params, _Course(sampler, schedule, experts, scales, policy, notes)
 
+    def forget_prompts(self) -> None:
+        """Encode prompts anew that came before, which is to be measured."""
+        self._text.forget()
+
     def count_tokens(self, params: ResolvedParams) -> int:
         """Of one output."""
         return self._model.count_tokens(params.width, params.height, params.num_frames)

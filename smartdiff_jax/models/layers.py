@@ -155,13 +155,15 @@ def scan_blocks(blocks: Block, lo: int, hi: int, call: Callable[[Block, T], T], 
     if any(map(_is_apart, jax.tree.leaves(stack, is_leaf=_is_apart))):
         traced_once = jax.jit(run)
         for index in range(lo, hi):
-            hidden = traced_once(_pick(stack, index), hidden)
+            with jax.named_scope(f"block_{index}"):
+                hidden = traced_once(_pick(stack, index), hidden)
         return hidden
 
     def body(hidden: T, index: Array) -> tuple[T, None]:
         # Indexed here and not sliced [lo:hi] outside: that would be a second copy of the weights on the device.
         layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
-        return run(layer, hidden), None
+        with jax.named_scope("block"):
+            return run(layer, hidden), None
 
     return jax.lax.scan(body, hidden, jnp.arange(lo, hi))[0]
 

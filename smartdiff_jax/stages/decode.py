@@ -33,9 +33,10 @@ class Decode:
 
         def piece(weights, latents, to_uint8, windows):
             chunk = None if math.prod(latents.shape[2:]) <= WHOLE_CLIP_LATENTS else 1
-            pixels = nnx.merge(graphdef, weights).decode(latents, chunk=chunk, windows=windows)
-            unit = jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
-            return jnp.round(unit * 255.0).astype(jnp.uint8) if to_uint8 else unit
+            with jax.named_scope("decode"):
+                pixels = nnx.merge(graphdef, weights).decode(latents, chunk=chunk, windows=windows)
+                unit = jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+                return jnp.round(unit * 255.0).astype(jnp.uint8) if to_uint8 else unit
 
         def decode(weights, latents, to_uint8):
             if layout.mesh.size == 1:

@@ -195,7 +195,8 @@ class DenoiseLoop:
                 tokens, sampler_state = sampler.step(carry.sampler_state, carry.tokens, velocity, schedule, index)
             return DenoiseCarry(tokens, sampler_state, (inner, outer), carry.executed.at[index].set(computed))
 
-        return jax.lax.fori_loop(lo, hi, body, carry)
+        with jax.named_scope("denoise"):
+            return jax.lax.fori_loop(lo, hi, body, carry)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,8 @@ class PromptEncoder:
         self._lock = threading.Lock()
 
         def encode(weights, ids, mask):
-            return text_states(source, nnx.merge(graphdef, weights), ids, mask).astype(dtype)
+            with jax.named_scope("text"):
+                return text_states(source, nnx.merge(graphdef, weights), ids, mask).astype(dtype)
 
         self._encode = jit_in(dtype, encode)
 
@@ -96,6 +97,11 @@ class PromptEncoder:
             while sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return states
+
+    def forget(self) -> None:
+        """Encode prompts anew that came before."""
+        with self._lock:
+            self._kept.clear()
 
     def _run(self, ids: Int[np.ndarray, "1 l"], padded: int) -> Array:
         total = padded + self.source.skip
@@ -147,6 +153,11 @@ class TextEncode:
             pooled=self._pooled(branches),
             notes=tuple(notes),
         )
+
+    def forget(self) -> None:
+        """Encode prompts anew that came before."""
+        for encoder in self._encoders.values():
+            encoder.forget()
 
     def _padded(self, embeds: np.ndarray, length: int) -> Array:
         return jnp.asarray(np.pad(embeds, ((0, 0), (0, length - embeds.shape[1]), (0, 0))), self._dtype)
