@@ -23,14 +23,14 @@ CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 
-def build(name: str, numbers: dict) -> nn.Module:
+def build(kind: type[nn.Module], numbers: dict) -> nn.Module:
     """A model of random weights, every parameter cast as it is made: 20 billion in float32 would not fit."""
     hook = nn.modules.module.register_module_parameter_registration_hook(
         lambda module, key, parameter: None if parameter is None else nn.Parameter(parameter.data.to(DTYPE))
     )
     try:
         with torch.device(DEVICE):
-            return getattr(diffusers, name)(**numbers).to(DTYPE).eval()
+            return kind(**numbers).to(DTYPE).eval()
     finally:
         hook.remove()
 
@@ -95,7 +95,7 @@ def forget_peak() -> None:
 
 def of_transformer(name: str, task: dict, repeats: int) -> dict:
     """One forward pass, eager and compiled, and both branches where there are two."""
-    model, told = build(name, task["transformer"]), inputs(task)
+    model, told = build(getattr(diffusers, name), task["transformer"]), inputs(task)
 
     def forward():
         return model(**told, return_dict=False)[0]
@@ -125,7 +125,7 @@ def of_transformer(name: str, task: dict, repeats: int) -> dict:
 
 def of_vae(name: str, task: dict, repeats: int) -> dict:
     """One decode, as it is and with cuDNN's search."""
-    vae = build(name, task["vae"])
+    vae = build(getattr(diffusers, name), task["vae"])
     _, channels, frames, height, width = task["latents"]
     shape = (1, channels, frames, height, width) if name == "AutoencoderKLQwenImage" else (1, channels, height, width)
     latents = torch.randn(shape, dtype=DTYPE, device=DEVICE)

@@ -165,7 +165,7 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     """
     pieces = mesh.ring * mesh.ulysses
     tokens = math.ceil(work.tokens / pieces)
-    attention = _attention_seconds(work, mesh, rates)
+    attention = attention_flop(work, mesh) / rates.attention
     share = _split_share(work, mesh)
     text = traffic.text_rows(work, mesh)
     # What is fixed is the text's, but for a row of the timestep. Text that is only looked at is whole on every device.
@@ -189,7 +189,8 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     return {"attention": attention, "matmuls": matmuls, "rest": rest, "messages": messages}
 
 
-def _attention_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> float:
+def attention_flop(work: Workload, mesh: MeshConfig) -> float:
+    """Of one evaluation, on one device: 4 * queries * keys * heads * features of a head, all calls together."""
     flop, pieces = 0.0, mesh.ring * mesh.ulysses
     for calls in work.attention:
         rows = traffic.piece_rows(work, mesh, calls) * pieces
@@ -200,7 +201,7 @@ def _attention_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> float:
             "text": (calls.text, calls.text, 1),
         }[calls.kind]
         flop += calls.count * 4 * queries * keys * calls.heads * calls.head_dim / division
-    return flop / mesh.tensor / rates.attention
+    return flop / mesh.tensor
 
 
 def _copied_bytes(work: Workload, mesh: MeshConfig) -> int:

@@ -1,7 +1,7 @@
 """Random weights of the true size and sharding, for benchmarks: no checkpoint is needed to measure a model's speed.
 
-Scales of norms are 1, everything else normal with deviation 0.02, so activations stay finite through any depth. Each leaf is
-drawn by a small compiled fill of its own, on its devices; a fill is compiled once a shape.
+Scales of norms are 1, everything else normal with deviation 0.02, so activations stay finite through any depth. A large leaf
+is drawn on its devices by a fill that is compiled once a shape; a small one on the host, where it takes less than compiling.
 """
 
 import functools
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,6 +17,8 @@ from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.weights.stream import ShardingFor, abstract, dotted
 
 STDDEV = 0.02
+SMALL = 1 << 18
+"""Numbers of a leaf that is drawn on the host."""
 
 
 def random_state(architecture: Architecture, config: Any, dtype: DTypeLike, seed: int, sharding_for: ShardingFor) -> nnx.State:
@@ -25,9 +28,20 @@ def random_state(architecture: Architecture, config: Any, dtype: DTypeLike, seed
     filled = []
     for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
         target = variable.get_value()
-        fill = _fill(_kind(dotted(path), target.dtype), target.shape, jnp.dtype(target.dtype), target.sharding)
-        filled.append((path, variable.replace(fill(jax.random.fold_in(key, number)))))
+        kind, dtype = _kind(dotted(path), target.dtype), jnp.dtype(target.dtype)
+        if target.size <= SMALL:
+            drawn = _drawn(kind, target.shape, np.random.default_rng([seed, number])).astype(dtype)
+            leaf = jax.device_put(drawn, target.sharding)
+        else:
+            leaf = _fill(kind, target.shape, dtype, target.sharding)(jax.random.fold_in(key, number))
+        filled.append((path, variable.replace(leaf)))
     return nnx.from_flat_state(filled)
+
+
+def _drawn(kind: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    if kind == "normal":
+        return STDDEV * random.standard_normal(shape, np.float32)
+    return np.full(shape, kind == "ones", np.float32)
 
 
 def _kind(path: str, dtype: Any) -> str:
