@@ -17,6 +17,7 @@ Writes benchmarks/results/end-to-end-<device>.json after every model; those meas
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -83,7 +84,8 @@ class Bench:
         output.save(self.folder / ("clip.mp4" if self.task["task"] == "t2v" else "picture.png"))
         done = time.perf_counter()
         stages = output.report.seconds | {"media": done - made}
-        return {"total": done - began} | {name: stages[name] for name in ("text", "denoise", "decode", "media")}, output.report
+        whole = {"total": done - began, "pixels": made - began}
+        return whole | {name: stages[name] for name in ("text", "denoise", "decode", "media")}, output.report
 
     def first_picture(self) -> dict[str, Any]:
         """From the start of the process."""
@@ -101,7 +103,7 @@ class Bench:
         stages = {name: _spread([seconds[name] for seconds, _ in runs]) for name in runs[0][0]}
         flop = self.flop * (1 - report.cache["ratio"])
         return {
-            "total": {"seconds": stages.pop("total")},
+            **{name: {"seconds": stages.pop(name)} for name in ("total", "pixels")},
             "stages": {name: {"seconds": seconds} for name, seconds in stages.items()},
             "policy": report.cache["policy"],
             "skipped": report.cache["ratio"],
@@ -184,8 +186,10 @@ class Bench:
         }
 
     def shapes(self) -> Any:
-        """The model without weights."""
-        return random_model(self.task, self.system, only=("none",))
+        """The model without weights, told how much text it has."""
+        model = random_model(self.task, self.system, only=("none",))
+        lengths = {source.tokenizer: self.task["text"][source.encoder] for source in model.family.text}
+        return dataclasses.replace(model, max_text_lengths=lengths)
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
