@@ -108,11 +108,11 @@ def warm(client: Client) -> None:
     client.generate("a dog moving left", **two_steps)
 
 
-def ready() -> dict[str, Any]:
+def ready(starts: int = 4, kinds: Sequence[str] = ("default", "both_models")) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, models in (("default", ()), ("both_models", MODELS)):
-        found[name] = []
-        for _ in range(4):  # the first may compile
+    for name in kinds:
+        models, found[name] = (MODELS if name == "both_models" else ()), []
+        for _ in range(starts):  # the first may compile
             with server(models=models) as running:
                 found[name].append(round(running.ready_seconds, 2))
     return found
@@ -247,15 +247,19 @@ PARTS = {"ready": ready, "overhead": overhead, "burst": burst, "mixed": mixed, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="one start of the default model, to see that it runs")
+    parser.add_argument("--output", type=Path, help="where the result goes instead")
     parser.add_argument("--commit", help="where the tree has no history")
     arguments = parser.parse_args()
     now = stamp(arguments.commit)
-    file = result_file("serve", now)
+    file = arguments.output or result_file("serve-tiny" if arguments.tiny else "serve", now)
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if arguments.tiny:
+        arguments.only, PARTS["ready"] = ["ready"], lambda: ready(1, ("default",))
     for name in arguments.only:
         results |= {"stamp": now, name: PARTS[name]() | {"commit": now["commit"]}}
         print(name, results[name], flush=True)
-        write("serve", results)
+        write("serve", results, file)
     print(file)
 
 
