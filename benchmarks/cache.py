@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import stamp, write  # noqa: E402
-from benchmarks.plot import line_plot  # noqa: E402
 from smartdiff_jax.cache import POLICIES  # noqa: E402
 from smartdiff_jax.cache.auto import Recorded  # noqa: E402
 from smartdiff_jax.cache.planned import Planned  # noqa: E402
@@ -46,6 +45,7 @@ from smartdiff_jax.engine.caching import executed_letters, skipped_share  # noqa
 from smartdiff_jax.engine.pipeline import Inputs, Pipeline  # noqa: E402
 from smartdiff_jax.errors import InvalidRequest  # noqa: E402
 from smartdiff_jax.evaluation.metrics import psnr, ssim  # noqa: E402
+from smartdiff_jax.evaluation.plot import line_plot  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS, Schedule  # noqa: E402
 from smartdiff_jax.stages.base import jit_in  # noqa: E402
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import RESULTS  # noqa: E402
-from benchmarks.plot import bar_plot  # noqa: E402
+from smartdiff_jax.evaluation.plot import bar_plot  # noqa: E402
 
 DEVICE = "nvidia-h100-80gb-hbm3"
 MODELS = ("wan2.1-t2v-1.3b", "flux1-dev", "flux2-klein-4b", "qwen-image", "z-image")

@@ -4,6 +4,7 @@ Results are paired by their names. Intervals are 95 %, by bootstrap over pairs: 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from PIL import Image, ImageDraw
 
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.evaluation.files import media_in, read_media
+from smartdiff_jax.evaluation.flow import motion, warping_errors
+from smartdiff_jax.evaluation.frechet import distances
+from smartdiff_jax.evaluation.lpips import Lpips
 from smartdiff_jax.evaluation.metrics import LEAST_SIDE, METRICS, Clip, flicker
+from smartdiff_jax.evaluation.plot import Point, line_plot
 
 RESAMPLES = 2000
 LABEL, SIDE, MOST_ROWS = 16, 192, 24
@@ -32,17 +37,26 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One folder against the reference: each pair's numbers by its name, and their means."""
+    """One folder against the reference: each pair's numbers by its name, their means, and distances of the folders."""
 
     place: str
     pairs: dict[str, dict[str, float]]
     means: dict[str, Interval]
+    distances: dict[str, float]
 
 
-def evaluate(reference: Path, others: Sequence[Path], on_pair: Callable[[str], object] = lambda name: None) -> list[Setting]:
+def evaluate(
+    reference: Path,
+    others: Sequence[Path],
+    on_pair: Callable[[str], object] = lambda name: None,
+    networks: Sequence[Lpips] = (),
+    warping: bool = False,
+) -> list[Setting]:
     """Every one of `others` against `reference`: folders, or single files. Raises InvalidRequest where names do not pair up.
 
     MS-SSIM is left out where a picture is too small for it. flicker is that of the other, flicker_change what it has more.
+    networks: LPIPS by each. warping: of clips the warping error too, which takes seconds a frame on a CPU.
+    seconds, and speed_up over the reference, are of results with a report beside them; distances of folders with features.
     """
     true = media_in(reference)
     found = [media_in(place) for place in others]
@@ -50,11 +64,50 @@ def evaluate(reference: Path, others: Sequence[Path], on_pair: Callable[[str], o
         _check_names(reference, true, place, results)
     pairs: list[dict[str, dict[str, float]]] = [{} for _ in others]
     for name, path in true.items():
-        clip = read_media(path)
+        clip, took = read_media(path), seconds_of(path)
+        flows = motion(clip) if warping and len(clip) > 1 else None
         for place, results, rows in zip(others, found, pairs, strict=True):
             on_pair(f"{place.name}: {name or place.name}")
-            rows[name or place.stem] = _numbers(clip, read_media(results[name]), results[name])
-    return [Setting(str(place), rows, _means(rows)) for place, rows in zip(others, pairs, strict=True)]
+            row = rows[name or place.stem] = _numbers(clip, other := read_media(results[name]), results[name])
+            row |= {f"lpips_{network.network}": network(clip, other) for network in networks}
+            row |= warping_errors(clip, other, flows) if flows is not None else {}
+            row |= _speed(took, seconds_of(results[name]))
+    return [
+        Setting(str(place), rows, _means(rows), distances(reference, place)) for place, rows in zip(others, pairs, strict=True)
+    ]
+
+
+def seconds_of(result: Path) -> float | None:
+    """What making a result took, by the report beside it (`generate --report`): all its stages. None where there is none."""
+    file = result.with_suffix(".json")
+    if not file.is_file():
+        return None
+    try:
+        return float(sum(json.loads(file.read_text())["seconds"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise InvalidRequest("report", str(file), "is no report of `generate --report`; move it elsewhere") from None
+
+
+def _speed(reference: float | None, other: float | None) -> dict[str, float]:
+    if other is None:
+        return {}
+    return {"seconds": other} | ({} if reference is None else {"speed_up": reference / other})
+
+
+def speed_quality_plot(file: Path, reference: Path, settings: Sequence[Setting], metric: str) -> None:
+    """A point a folder: seconds a result, and its likeness to the reference's, with the interval. Raises InvalidRequest."""
+    points: dict[str, Sequence[Point]] = {}
+    for setting in settings:
+        quality, seconds = setting.means.get(metric), setting.means.get("seconds")
+        if quality is None or not np.isfinite(quality.mean):
+            told = ", ".join(name for name, one in setting.means.items() if np.isfinite(one.mean))
+            raise InvalidRequest("plot_metric", metric, f"{setting.place} has no finite one; choose one of {told}")
+        if seconds is None or seconds.count < len(setting.pairs):
+            told = "holds results without a report beside them; write each with `generate -o NAME.mp4 --report NAME.json`"
+            raise InvalidRequest("plot", setting.place, told)
+        points[Path(setting.place).name] = [(seconds.mean, quality.mean, quality.low, quality.high)]
+    title = f"Against {reference.name}: {metric} and seconds a result"
+    line_plot(file, points, title, "seconds a result, all stages", metric)
 
 
 def _check_names(reference: Path, true: dict[str, Path], place: Path, found: dict[str, Path]) -> None:

@@ -31,7 +31,7 @@ LEAST_SIDE = WINDOW << (len(SCALES) - 1)
 
 def psnr(a: Clip, b: Clip) -> float:
     """Peak signal to noise ratio in dB over all frames; infinite for equal ones."""
-    _check_shapes(a, b)
+    check_shapes(a, b)
     # Whole numbers: exact in integers, where float32 sums of millions would not be.
     error = np.mean(np.square(a.astype(np.int32) - b.astype(np.int32)), dtype=np.float64)
     return float(10 * np.log10(255.0**2 / error)) if error > 0 else float("inf")
@@ -39,8 +39,8 @@ def psnr(a: Clip, b: Clip) -> float:
 
 def ssim(a: Clip, b: Clip) -> float:
     """Structural similarity (Wang et al. 2004), mean over pixels, channels and frames. Needs 11 pixels a side."""
-    _check_shapes(a, b)
-    _check_side("ssim", a, WINDOW)
+    check_shapes(a, b)
+    check_side("ssim", a, WINDOW)
     return _over_frames(_of_one_scale, a, b)
 
 
@@ -49,8 +49,8 @@ def ms_ssim(a: Clip, b: Clip) -> float:
 
     Raises InvalidRequest for pictures under 176 pixels a side.
     """
-    _check_shapes(a, b)
-    _check_side("ms_ssim", a, LEAST_SIDE)
+    check_shapes(a, b)
+    check_side("ms_ssim", a, LEAST_SIDE)
     return _over_frames(_of_scales, a, b)
 
 
@@ -123,11 +123,11 @@ def _of_frame(metric: Callable[[Array, Array], Array], x: UInt8[Array, "h w 3"],
     return metric(x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255)
 
 
-def _check_shapes(a: Clip, b: Clip) -> None:
+def check_shapes(a: Clip, b: Clip) -> None:
     if a.shape != b.shape:
         raise InvalidRequest("shape", a.shape, f"the other has {b.shape}; frames, height and width must be the same")
 
 
-def _check_side(metric: str, a: Clip, least: int) -> None:
+def check_side(metric: str, a: Clip, least: int) -> None:
     if min(a.shape[1:3]) < least:
         raise InvalidRequest(metric, f"{a.shape[2]}x{a.shape[1]}", f"needs at least {least} pixels a side")

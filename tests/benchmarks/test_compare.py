@@ -89,14 +89,14 @@ def test_what_cannot_be_compared(command, after, words):
 
 
 def test_a_slowed_kernel_is_caught(tmp_path, monkeypatch, command):
-    """The tool itself on its tiny shapes, then once more with a kernel that does everything 200 times."""
+    """The tool itself on its tiny shapes, then once more with a kernel that does everything 60 times."""
     attention, files = load("attention"), [tmp_path / name for name in ("xla.json", "slowed.json")]
     arguments = ["--tiny", "--kernel", "xla", "--output"]
     attention.main([*arguments, str(files[0])])
     xla = ATTENTION["xla"]
 
     def slowed(q, k, v, **options):
-        again = jax.lax.fori_loop(0, 200, lambda _, x: xla(x, k, v, **options)[0], q)
+        again = jax.lax.fori_loop(0, 60, lambda _, x: xla(x, k, v, **options)[0], q)
         return xla(again, k, v, **options)
 
     monkeypatch.setattr(attention, "ATTENTION", {"xla": slowed})

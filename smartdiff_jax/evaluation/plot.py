@@ -93,7 +93,7 @@ def bar_plot(file: Path, bars: Mapping[str, Mapping[str, float]], title: str, to
     file.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
 
-def _text(at_x: float, at_y: float, what: str, anchor: str = "middle", more: str = "") -> str:
+def _text(at_x: int | float, at_y: int | float, what: str, anchor: str = "middle", more: str = "") -> str:
     return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}" {more}>{escape(what)}</text>'
 
 
