@@ -24,12 +24,12 @@ T = TypeVar("T")
 SUFFIX = ".json.gz"
 KINDS = {
     "messages": ("nccl",),
-    "attention": ("sdpa", "fmha", "flash", "mosaic"),
+    "attention": ("sdpa", "fmha", "flash"),
+    "convolutions": ("fprop", "convolution", "conv2d", "conv3d"),
     "matmuls": ("nvjet", "gemm", "cutlass"),
-    "convolutions": ("conv", "xmma", "implicit"),
     "memcpy, memset": ("memcpy", "memset"),
 }
-"""Kernels by words in their names; the others are what XLA fused."""
+"""Kernels by words in their names, the first that fits; the others are what XLA fused."""
 
 PRIMITIVES = {"dot_general": "matmuls", "conv_general_dilated": "convolutions"}
 """Kernels without such words, by what they end with."""
@@ -133,7 +133,7 @@ def _kernel(device: str, event: Any, written: Written) -> Kernel | None:
     if device == "CPU" and (not operation or CONTROL.match(operation)):
         return None
     *scope, primitive = _path(written, (str(stats.get("hlo_module", "")), operation), event.name)
-    return Kernel(device, event.name, _kind(event.name, primitive), tuple(scope), event.start_ns, event.duration_ns)
+    return Kernel(device, event.name, _kind(event.name, primitive, scope), tuple(scope), event.start_ns, event.duration_ns)
 
 
 def _path(written: Written, operation: tuple[str, str], kernel: str) -> tuple[str, ...]:
@@ -141,9 +141,11 @@ def _path(written: Written, operation: tuple[str, str], kernel: str) -> tuple[st
     return written.get(operation) or written.get(("", kernel)) or ("",)
 
 
-def _kind(name: str, primitive: str) -> str:
+def _kind(name: str, primitive: str, scope: Sequence[str]) -> str:
     low = name.lower()
     kind = next((kind for kind, words in KINDS.items() if any(word in low for word in words)), "other")
+    if kind == "other" and "mosaic" in low and ("attention" in scope or not scope):
+        return "attention"  # Pallas names its kernels alike, whatever they do
     return PRIMITIVES.get(primitive, kind) if kind == "other" else kind
 
 
@@ -193,7 +195,9 @@ def write_trace(folder: Path, kernels: Sequence[Kernel], path: Path) -> None:
         pid = 9000 + number
         trace["traceEvents"].append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": f"scopes of {device}"}})
         for name, start, end in slices([kernel for kernel in kernels if kernel.device == device]):
-            place = {"pid": pid, "tid": 1, "ts": round(start / 1e3, 3), "dur": round((end - start) / 1e3, 3)}
+            # Whole nanoseconds, so that what ends together still does.
+            begun, ended = round(start), round(end)
+            place = {"pid": pid, "tid": 1, "ts": begun / 1e3, "dur": (ended - begun) / 1e3}
             trace["traceEvents"].append({"ph": "X", "name": name} | place)
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") as file:

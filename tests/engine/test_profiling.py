@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from smartdiff_jax.cli import main
-from smartdiff_jax.engine.profiling import Kernel, by_kind, largest_costs, slices
+from smartdiff_jax.engine.profiling import Kernel, _kind, by_kind, largest_costs, slices
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +43,12 @@ def test_a_profile_has_every_stage_block_and_attention(tmp_path, monkeypatch, ca
     names = {e["name"] for e in found}
     assert {"text", "denoise", "model", "block", "self_attention", "attention", "sampler", "decode"} <= names
     # Perfetto nests slices of a row by their times: whatever overlaps is one inside the other.
-    ends: list[float] = []
-    for event in sorted(found, key=lambda e: (e["ts"], -e["dur"])):
-        ends = [end for end in ends if end > event["ts"]]
-        assert not ends or event["ts"] + event["dur"] <= ends[-1] + 0.002
-        ends.append(event["ts"] + event["dur"])
+    ends: list[int] = []
+    spans = [(round(1e3 * e["ts"]), round(1e3 * e["ts"]) + round(1e3 * e["dur"])) for e in found]
+    for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+        ends = [other for other in ends if other > start]
+        assert not ends or end <= ends[-1]
+        ends.append(end)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,23 @@ def test_what_cannot_be_written_is_said_before_anything_loads(tmp_path, monkeypa
     more = ["--cache", "auto", "--compare-cache"] if path.startswith("both") else []
     assert run(monkeypatch, "-m", "no-such-model", "--profile", tmp_path / path, *more) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "name, primitive, scope, kind",
+    [
+        ("ncclDevKernel_SendRecv", "", (), "messages"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "", (), "attention"),
+        ("mosaic_gpu_kernel_5", "custom_call", ("block", "attention"), "attention"),
+        ("mosaic_gpu_kernel_5", "custom_call", ("block", "feed_forward"), "other"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "", (), "convolutions"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "", (), "matmuls"),
+        ("loop_convert_fusion", "convert_element_type", ("block",), "other"),
+        ("ynn_fusion.3", "dot_general", ("block",), "matmuls"),
+    ],
+)
+def test_kernels_are_told_by_their_names_then_by_what_they_compute(name, primitive, scope, kind):
+    assert _kind(name, primitive, scope) == kind
 
 
 def kernel(scope, start, duration, name="op", kind="other", device="GPU:0"):
