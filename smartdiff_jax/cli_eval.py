@@ -23,13 +23,13 @@ def evaluate_results(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="write every pair's numbers as JSON")] = None,
     sheet: Annotated[Path | None, typer.Option(help="write a picture: a row a result, a column a folder (.png)")] = None,
     lpips: Annotated[Path | None, typer.Option(help="LPIPS too, by the networks in this folder")] = None,
+    clip: Annotated[Path | None, typer.Option(help="CLIP score too, by the CLIPModel in this folder")] = None,
     warping: Annotated[bool, typer.Option("--warping", help="of clips the warping error too")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="plot likeness over seconds (.svg); results need reports beside them")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="plot likeness over seconds (.svg), which reports tell")] = None,
     plot_metric: Annotated[str, typer.Option(help="what likeness --plot shows")] = "ssim",
 ) -> None:
     """Compare results pair by pair: PSNR, SSIM, MS-SSIM, flicker and more, with 95 % intervals over the pairs."""
+    from smartdiff_jax.evaluation.clip_score import ClipScore
     from smartdiff_jax.evaluation.compare import contact_sheet, evaluate, speed_quality_plot
     from smartdiff_jax.evaluation.lpips import Lpips
     from smartdiff_jax.stages.media import check_output, write_media
@@ -40,9 +40,10 @@ def evaluate_results(
         if file is not None and not file.parent.is_dir():
             raise InvalidRequest(field, str(file), "its folder does not exist; make it first")
     networks = [] if lpips is None else Lpips.read(lpips)
+    score = None if clip is None else ClipScore(clip)
     console = Console()
     with console.status("reading") as status:
-        settings = evaluate(reference, others, on_pair=status.update, networks=networks, warping=warping)
+        settings = evaluate(reference, others, status.update, networks, warping, score)
     names = dict.fromkeys(name for setting in settings for name in (*setting.means, *setting.distances))
     table = Table("against " + reference.name, *(Path(setting.place).name for setting in settings))
     table.add_row("pairs", *(str(len(setting.pairs)) for setting in settings))

@@ -7,12 +7,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.evaluation.clip_score import ClipScore
 from smartdiff_jax.evaluation.files import media_in, read_media
 from smartdiff_jax.evaluation.flow import motion, warping_errors
 from smartdiff_jax.evaluation.frechet import distances
@@ -51,11 +53,13 @@ def evaluate(
     on_pair: Callable[[str], object] = lambda name: None,
     networks: Sequence[Lpips] = (),
     warping: bool = False,
+    clip: ClipScore | None = None,
 ) -> list[Setting]:
     """Every one of `others` against `reference`: folders, or single files. Raises InvalidRequest where names do not pair up.
 
     MS-SSIM is left out where a picture is too small for it. flicker is that of the other, flicker_change what it has more.
-    networks: LPIPS by each. warping: of clips the warping error too, which takes seconds a frame on a CPU.
+    networks: LPIPS by each. warping: of clips the warping error too, which takes seconds a frame on a CPU. clip: how well each
+    goes with the prompt in its report, or in its reference's.
     seconds, and speed_up over the reference, are of results with a report beside them; distances of folders with features.
     """
     true = media_in(reference)
@@ -64,34 +68,45 @@ def evaluate(
         _check_names(reference, true, place, results)
     pairs: list[dict[str, dict[str, float]]] = [{} for _ in others]
     for name, path in true.items():
-        clip, took = read_media(path), seconds_of(path)
-        flows = motion(clip) if warping and len(clip) > 1 else None
+        true, took = read_media(path), report_of(path)
+        flows = motion(true) if warping and len(true) > 1 else None
         for place, results, rows in zip(others, found, pairs, strict=True):
             on_pair(f"{place.name}: {name or place.name}")
-            row = rows[name or place.stem] = _numbers(clip, other := read_media(results[name]), results[name])
-            row |= {f"lpips_{network.network}": network(clip, other) for network in networks}
-            row |= warping_errors(clip, other, flows) if flows is not None else {}
-            row |= _speed(took, seconds_of(results[name]))
+            row = rows[name or place.stem] = _numbers(true, other := read_media(results[name]), results[name])
+            row |= {f"lpips_{network.network}": network(true, other) for network in networks}
+            row |= warping_errors(true, other, flows) if flows is not None else {}
+            row |= _clip_scores(clip, (true, path), (other, results[name])) if clip is not None else {}
+            row |= _speed(took, report_of(results[name]))
     return [
         Setting(str(place), rows, _means(rows), distances(reference, place)) for place, rows in zip(others, pairs, strict=True)
     ]
 
 
-def seconds_of(result: Path) -> float | None:
-    """What making a result took, by the report beside it (`generate --report`): all its stages. None where there is none."""
+def report_of(result: Path) -> dict[str, Any] | None:
+    """The report beside a result (`generate --report`), None where there is none. Raises InvalidRequest for another JSON."""
     file = result.with_suffix(".json")
     if not file.is_file():
         return None
     try:
-        return float(sum(json.loads(file.read_text())["seconds"].values()))
+        found = json.loads(file.read_text())
+        return {"seconds": float(sum(found["seconds"].values())), "prompt": str(found["params"]["prompt"])}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InvalidRequest("report", str(file), "is no report of `generate --report`; move it elsewhere") from None
 
 
-def _speed(reference: float | None, other: float | None) -> dict[str, float]:
+def _clip_scores(clip: ClipScore, true: tuple[Clip, Path], other: tuple[Clip, Path]) -> dict[str, float]:
+    told = report_of(other[1]) or report_of(true[1])
+    if told is None:
+        raise InvalidRequest("clip", str(other[1]), "no report tells its prompt; write it with `generate --report NAME.json`")
+    score = clip(other[0], told["prompt"])
+    return {"clip_score": score, "clip_score_change": score - clip(true[0], told["prompt"])}
+
+
+def _speed(reference: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, float]:
     if other is None:
         return {}
-    return {"seconds": other} | ({} if reference is None else {"speed_up": reference / other})
+    speed_up = {} if reference is None else {"speed_up": reference["seconds"] / other["seconds"]}
+    return {"seconds": other["seconds"]} | speed_up
 
 
 def speed_quality_plot(file: Path, reference: Path, settings: Sequence[Setting], metric: str) -> None:

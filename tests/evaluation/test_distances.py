@@ -1,7 +1,8 @@
 """LPIPS and Fréchet distances against lpips and torchmetrics, flow against motion that is known, and the command."""
 
-import importlib.util
+import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import save_file
 
 from smartdiff_jax import cli
 from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.evaluation.clip_score import ClipScore
+from smartdiff_jax.evaluation.files import read_media
 from smartdiff_jax.evaluation.flow import motion, warping_error, warping_errors
 from smartdiff_jax.evaluation.frechet import frechet_distance, read_features
 from smartdiff_jax.evaluation.lpips import NETWORKS, Lpips
@@ -19,10 +22,9 @@ from smartdiff_jax.evaluation.metrics import flicker
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
-_spec = importlib.util.spec_from_file_location("make_distances", GOLDEN / "make_distances.py")
-make_distances = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make_distances)
+make_distances, make_clip_score = (importlib.import_module(name) for name in ("make_distances", "make_clip_score"))
 sys.path.remove(str(GOLDEN))
+EXPECTED_CLIP = json.loads((GOLDEN / "clip_score.json").read_text())
 EXPECTED = json.loads((GOLDEN / "distances.json").read_text())
 
 
@@ -43,6 +45,29 @@ def test_lpips_is_that_of_the_package(tmp_path, name):
     assert [network(a, b) for a, b in pairs] == pytest.approx(EXPECTED["lpips"][name]["values"][cases], abs=1e-4)
     a, b = pairs[0]
     assert network(np.concatenate([a, b]), np.concatenate([b, b])) == pytest.approx(network(a, b) / 2, abs=1e-6)
+
+
+def write_clip(folder):
+    folder.mkdir()
+    shutil.copy(GOLDEN / "tokenizers" / "clip" / "tokenizer.json", folder)
+    (folder / "config.json").write_text(json.dumps(EXPECTED_CLIP["config"]))
+    shapes = {name: tuple(shape) for name, shape in EXPECTED_CLIP["shapes"].items()}
+    weights = {name: np.asarray(value) for name, value in make_clip_score.weights(shapes).items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_clip_score_is_that_of_transformers(tmp_path):
+    score = ClipScore(write_clip(tmp_path / "clip"))
+    found = [score(make_distances.pair(*case)[1][None], prompt) for *case, prompt in make_clip_score.CASES]
+    assert found == pytest.approx(EXPECTED_CLIP["values"], abs=1e-4)
+    picture = make_distances.pair(0, 48, 48, 3.0)[1]
+    assert score(np.stack([picture] * 2), "a fox " * 50) == pytest.approx(score(picture[None], "a fox " * 60))  # cut off
+    (tmp_path / "clip" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="holds no tokenizer"):
+        ClipScore(tmp_path / "clip")
+    with pytest.raises(InvalidRequest, match="give a folder of transformers' CLIPModel"):
+        ClipScore(tmp_path)
 
 
 def test_frechet_is_that_of_torchmetrics():
@@ -89,7 +114,7 @@ def results(folder, noise, seconds):
     for seed in range(3):
         picture = make_distances.pair(seed, 48, 40, noise)[1]
         Image.fromarray(picture).save(folder / f"prompt-{seed}.png")
-        report = {"seconds": {"text": 0.5, "denoise": seconds + seed}}
+        report = {"seconds": {"text": 0.5, "denoise": seconds + seed}, "params": {"prompt": f"a red fox {seed}"}}
         (folder / f"prompt-{seed}.json").write_text(json.dumps(report))
     np.save(folder / "fid.npy", np.random.RandomState(int(noise)).standard_normal((8, 4)))
     return folder
@@ -105,13 +130,18 @@ def run(monkeypatch, *arguments):
 def test_speed_quality_and_distances_by_the_command(tmp_path, monkeypatch, capsys):
     full, near, far = (results(tmp_path / name, *told) for name, *told in (("full", 0, 8), ("near", 2, 4), ("far", 30, 2)))
     write_network(tmp_path, "alex")
+    clip = write_clip(tmp_path / "clip")
     plot, out = tmp_path / "plot.svg", tmp_path / "out.json"
     arguments = [full, near, far, "--lpips", tmp_path, "--plot", plot, "--plot-metric", "lpips_alex", "-o", out, "--warping"]
+    arguments += ["--clip", clip]
     assert run(monkeypatch, *arguments) == 0
     told = json.loads(out.read_text())
     assert told[0]["pairs"]["prompt-1"]["seconds"] == 5.5 and told[0]["means"]["speed_up"]["mean"] == pytest.approx(
         np.mean([8.5 / 4.5, 9.5 / 5.5, 10.5 / 6.5])
     )
+    first, score = told[0]["pairs"]["prompt-1"], ClipScore(clip)
+    assert first["clip_score"] == pytest.approx(score(read_media(near / "prompt-1.png"), "a red fox 1"))
+    assert first["clip_score_change"] == first["clip_score"] - score(read_media(full / "prompt-1.png"), "a red fox 1")
     assert 0 < told[0]["means"]["lpips_alex"]["mean"] < told[1]["means"]["lpips_alex"]["mean"]
     a, b = (read_features(place / "fid.npy") for place in (full, near))
     assert told[0]["distances"] == {"fid": pytest.approx(frechet_distance(a, b))}
