@@ -6,8 +6,8 @@ A timing is `{"median", "min", "max"}` in seconds. The second is slower, a regre
 more than both lower halves of the spread together, (median - min) of the one and of the other, and by more than FLOOR of
 the first's median. What disturbs a measurement only ever adds to it, so the upper halves, where outliers are, do not count;
 FLOOR is what the same program differs by on another card of the same kind, or on the same card when it is warm. Faster is
-the same rule turned round. A number of seconds measured once has no spread: it is shown and not judged. Peers are shown too:
-where they are slower as well, the machine is.
+the same rule turned round. Seconds that were measured once, or are told without a least, have no spread: they are shown and
+not judged. Peers, and products of plain matrices, are shown too: where they are slower as well, the machine is.
 
 Files can be compared if they hold the same benchmark, its settings are equal, and the device is. Otherwise InvalidRequest.
 """
@@ -21,7 +21,7 @@ from typing import Any
 from smartdiff_jax.errors import InvalidRequest
 
 FLOOR = 0.03
-PEERS = ("diffusers", "peers")
+PEERS = ("diffusers", "transformers", "peers", "product")
 SETTINGS = ("benchmark", "model", "shape", "size", "problem", "dtype", "steps", "latents", "grid", "tokens", "chunk", "devices")
 """What a benchmark was asked to measure, wherever in a file it stands: other numbers are other work."""
 
@@ -31,7 +31,7 @@ SKIPPED = ("stamp", "versions", "params", *SETTINGS)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds by median, least and most. least is None where there was one measurement."""
+    """Seconds by median and least; None where there was one measurement, or only quantiles are told."""
 
     median: float
     least: float | None
@@ -39,7 +39,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A timing that both files hold. verdict: "slower", "faster", "" within the spread, "once", or "peer"."""
+    """A timing that both files hold. verdict: "slower", "faster", "" within the spread, "no spread", or "peer"."""
 
     name: str
     before: float
@@ -87,7 +87,7 @@ def _verdict(name: str, before: Timing, after: Timing) -> str:
     if any(part in PEERS for part in name.split("/")):
         return "peer"
     if before.least is None or after.least is None:
-        return "once"
+        return "no spread"
     noise = before.median - before.least + after.median - after.least
     if abs(after.median - before.median) <= max(noise, FLOOR * before.median):
         return ""
@@ -120,8 +120,8 @@ def _timings(value: Any, path: str = "") -> Iterator[tuple[str, Timing]]:
     for key, where, item in _branches(value, path):
         if key in SKIPPED or key.startswith("predicted"):
             continue
-        if isinstance(item, dict) and all(_is_number(item.get(name)) for name in ("median", "min", "max")):
-            yield where, Timing(item["median"], item["min"])
+        if isinstance(item, dict) and _is_number(item.get("median")):
+            yield where, Timing(item["median"], item.get("min"))
         elif _is_number(item) and (key == "seconds" or key.endswith(("_s", "_seconds"))):
             yield where, Timing(item, None)
         else:

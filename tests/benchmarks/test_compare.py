@@ -50,7 +50,8 @@ def command(tmp_path, monkeypatch, capsys):
         (seconds(1.000, 0.999, 1.001), seconds(1.029, 1.028, 1.03), ""),  # another card does that
         (seconds(1.000, 0.999, 1.001), seconds(1.032, 1.031, 1.04), "slower"),
         (seconds(1.10, 1.09, 1.2), seconds(1.00, 0.99, 1.5), "faster"),
-        (2.0, 9.0, "once"),
+        (2.0, 9.0, "no spread"),
+        ({"median": 2.0, "p95": 3.0}, {"median": 9.0, "p95": 10.0}, "no spread"),
     ],
 )
 def test_the_rule(command, before, after, verdict):
