@@ -2,13 +2,14 @@
 
     python benchmarks/end_to_end.py                                           the models of MODELS, on a GPU
     python benchmarks/end_to_end.py --models wan2.1-t2v-1.3b --steps 20       one of them, fewer steps than its default
-    python benchmarks/end_to_end.py --attention auto --attention pallas_sage  each kernel, without a cache and with one
+    python benchmarks/end_to_end.py --kernels auto pallas_sage+fp8            each, without a cache and with one
     python benchmarks/end_to_end.py --tiny                                    anywhere, to see that it runs
 
-`smartdiff bench end-to-end` is the same. Size, guidance and sampler are each model's defaults. Of every kernel, without a
-cache and at every --cache-ratio: seconds from the prompt to the file and of each stage, and the share of a product of large
-matrices, measured in the same process, that denoising reaches by the model's own arithmetic. Where a step's time goes, by
-its kernels. The first picture of a fresh process, once with nothing compiled and once with all of it on disk.
+`smartdiff bench end-to-end` is the same. Size, guidance and sampler are each model's defaults. Kernels are attention's by name,
+and with +fp8 the blocks' products are in 8 bits too (SystemConfig: attention, precision). Of each, without a cache and at every
+--cache-ratio: seconds from the prompt to the file and of each stage, and the share of a product of large matrices, measured
+in the same process, that denoising reaches by the model's own arithmetic. Where a step's time goes, by its kernels. The
+first picture of a fresh process, once with nothing compiled and once with all of it on disk.
 diffusers, where torch, diffusers and transformers are, runs in a process of its own before: the same size, steps, guidance,
 dtype and lengths of text, eager and with its blocks compiled, to pixels on the host.
 
@@ -53,7 +54,7 @@ class Bench:
         from smartdiff_jax.config.system import SystemConfig
 
         self.task, self.repeats, self.folder = task, arguments.repeats, Path(arguments.cache)
-        self.system = SystemConfig.create(attention=arguments.attention[0], cache_dir=self.folder)
+        self.system = SystemConfig.create(cache_dir=self.folder, **fields_of(arguments.kernels[0]))
         imported = time.perf_counter()
         jax.devices()
         device = time.perf_counter()
@@ -62,10 +63,17 @@ class Bench:
         self.prompt = prompt_of(self.model, task)
         self.starts = {"imports_s": imported - STARTED, "device_s": device - imported, "weights_s": ready - device}
 
-    def pipeline(self, attention: str) -> Any:
+    def pipeline(self, kernels: str) -> Any:
+        """With these kernels. The denoiser is made anew where its weights are others: both would not fit."""
         from smartdiff_jax.engine.pipeline import Pipeline
 
-        return Pipeline(self.model, self.system.model_copy(update={"attention": attention}))
+        system = self.system.model_copy(update=fields_of(kernels))
+        if system.precision != self.system.precision:
+            self.model = dataclasses.replace(self.model, denoisers=[])
+            made = random_model(self.task, system, only=("transformer", "transformer_2"))
+            self.model = dataclasses.replace(self.model, denoiser_graph=made.denoiser_graph, denoisers=made.denoisers)
+        self.system = system
+        return Pipeline(self.model, system)
 
     def request(self, **more: Any) -> Any:
         from smartdiff_jax.config.request import GenerateParams
@@ -89,11 +97,13 @@ class Bench:
 
     def first_picture(self) -> dict[str, Any]:
         """From the start of the process."""
-        stages, _ = self.once(self.pipeline(self.system.attention), self.request())
+        stages, _ = self.once(self.pipeline(name_of(self.system)), self.request())
         return self.starts | {"request_s": stages, "process_to_first_picture_s": time.perf_counter() - STARTED}
 
     def setting(self, pipe: Any, ratio: float | None) -> dict[str, Any]:
         """Of one kernel, without a cache or at a ratio."""
+        import jax
+
         request = self.request() if ratio is None else self.request(cache="auto", cache_ratio=ratio)
         for event in pipe.stream(request, output_type="latent"):
             if getattr(event, "stage", "") == "denoise":
@@ -108,6 +118,7 @@ class Bench:
             "policy": report.cache["policy"],
             "skipped": report.cache["ratio"],
             "tflops": flop / stages["denoise"]["median"] / 1e12,
+            "denoiser_gb": sum(leaf.nbytes for leaf in jax.tree.leaves(self.model.denoisers)) / 1e9,
             "peak_gb": report.peak_memory / 1e9,
         }
 
@@ -127,21 +138,22 @@ class Bench:
             (kinds,) = by_kind(kernels_of(Path(folder), written_in_memory())).values()
         return {kind: milliseconds / TRACED for kind, milliseconds in kinds.items()}
 
-    def run(self, attention: Sequence[str], ratios: Sequence[float], commit: str | None) -> dict[str, Any]:
+    def run(self, kernels: Sequence[str], ratios: Sequence[float], commit: str | None) -> dict[str, Any]:
         """Everything, and the first picture on the way. A kernel that does not serve the model says why."""
         import jax
 
         from smartdiff_jax.cache.auto import FEW_STEPS
-        from smartdiff_jax.errors import Unsupported
+        from smartdiff_jax.errors import InvalidConfig, Unsupported
 
         if self.task["sampling"]["num_inference_steps"] <= FEW_STEPS:
             ratios = ()  # of so few `auto` skips none
         found: dict[str, Any] = {"stamp": stamp(commit), "dtype": self.model.dtype.name, "first": self.first_picture()}
         found |= self.work()
         found["settings"] = {}
-        for kernel in attention:
-            pipe = self.pipeline(kernel)
+        for kernel in kernels:
+            pipe = None  # its weights are let go before others are made
             try:
+                pipe = self.pipeline(kernel)
                 *_, _ = pipe.stream(self.request(num_inference_steps=2))  # compiles
                 for ratio in (None, *ratios):
                     name = kernel if ratio is None else f"{kernel}, cache_ratio {ratio:g}"
@@ -149,7 +161,7 @@ class Bench:
                     row["of_product"] = row["tflops"] / found["product"]["tflops"]
                     print(name, json.dumps(row), file=sys.stderr, flush=True)
                 found["settings"][kernel]["step_ms"] = self.step(pipe)
-            except Unsupported as error:
+            except (Unsupported, InvalidConfig) as error:
                 found["settings"][kernel] = {"unsupported": str(error)}
             except jax.errors.JaxRuntimeError as error:  # out of memory, say: the others are told still
                 found["settings"].setdefault(kernel, {})["error"] = str(error)[:500]
@@ -187,9 +199,19 @@ class Bench:
 
     def shapes(self) -> Any:
         """The model without weights, told how much text it has."""
-        model = random_model(self.task, self.system, only=("none",))
+        model = random_model(self.task, self.system.model_copy(update={"precision": "full"}), only=("none",))
         lengths = {source.tokenizer: self.task["text"][source.encoder] for source in model.family.text}
         return dataclasses.replace(model, max_text_lengths=lengths)
+
+
+def fields_of(kernels: str) -> dict[str, str]:
+    """Of SystemConfig."""
+    attention, _, precision = kernels.partition("+")
+    return {"attention": attention, "precision": precision or "full"}
+
+
+def name_of(system: Any) -> str:
+    return system.attention + ("" if system.precision == "full" else f"+{system.precision}")
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -205,7 +227,7 @@ def measured(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         row["diffusers"] = child([str(PEER), *told], arguments.peer_python)
         _tell(model, "diffusers", row["diffusers"])
     shared = ["--model", model, "--repeats", str(arguments.repeats)] + ["--tiny"] * arguments.tiny
-    shared += [word for kernel in arguments.attention for word in ("--attention", kernel)]
+    shared += ["--kernels", *arguments.kernels]
     shared += [word for ratio in arguments.cache_ratio for word in ("--cache-ratio", str(ratio))]
     given = {"--steps": arguments.steps, "--commit": arguments.commit}
     shared += [str(word) for name, value in given.items() if value for word in (name, value)]
@@ -236,7 +258,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="any known model that is not bundled")
     parser.add_argument("--model", help="measure this one here and print JSON")
     parser.add_argument("--steps", type=int, help="each model's default, if not given")
-    parser.add_argument("--attention", action="append", help="kernels by name; auto, if not given")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], help="attention by name, +fp8 for products in 8 bits too")
     parser.add_argument("--cache-ratio", type=float, action="append", help="0.5, if not given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="small models, ten steps")
@@ -248,7 +270,6 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="where the result goes instead")
     parser.add_argument("--commit", help="where the tree has no history")
     arguments = parser.parse_args(given)
-    arguments.attention = arguments.attention or ["auto"]
     arguments.cache_ratio = [0.5] if arguments.cache_ratio is None else arguments.cache_ratio
     arguments.steps = arguments.steps or (10 if arguments.tiny else None)
     if arguments.model:
@@ -257,7 +278,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if arguments.start_only:
             print(json.dumps(bench.first_picture()))
         else:
-            print(json.dumps(bench.run(arguments.attention, arguments.cache_ratio, arguments.commit)))
+            print(json.dumps(bench.run(arguments.kernels, arguments.cache_ratio, arguments.commit)))
         return
 
     name = "end-to-end-tiny" if arguments.tiny else "end-to-end"

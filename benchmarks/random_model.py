@@ -89,11 +89,14 @@ def random_model(task: dict[str, Any], system: SystemConfig, only: tuple[str, ..
     from smartdiff_jax.sharding.mesh import make_mesh
     from smartdiff_jax.sharding.workload import mesh_of_numbers
     from smartdiff_jax.weights.apart import apart
+    from smartdiff_jax.weights.fp8 import are_fused, require_fp8, to_fp8
     from smartdiff_jax.weights.random_init import random_state
 
     keep_executables(system.cache_dir / "executables")
     mesh, dtype = make_mesh(system.mesh), resolve_dtype(system.dtype)
     import_ahead()
+    if system.precision == "fp8":
+        require_fp8(dtype)
     model = outline(task["name"], dtype)
     family, parts, configs = model.family, {}, {}
     # The largest first: it is made while there is most room.
@@ -103,6 +106,8 @@ def random_model(task: dict[str, Any], system: SystemConfig, only: tuple[str, ..
         graphdef, weights = _shapes(architecture, configs[name], dtype, mesh_of_numbers(system.mesh))
         if not only or name in only:
             weights = random_state(architecture, configs[name], dtype, 0, _placement(name, mesh, system.mesh))
+            if name.startswith("transformer") and system.precision == "fp8":
+                graphdef, weights = to_fp8(graphdef, weights, fused=are_fused(mesh))
             if name.startswith("transformer") and _lie_apart(family, system):
                 weights = apart(weights)
             jax.block_until_ready(weights)

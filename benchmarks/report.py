@@ -160,6 +160,24 @@ def forward(results: Results) -> list[str]:
     return ["## The denoiser", "", *table(head, rows), "", *sources, "Memory: the compiler's account, and the peer's peak."]
 
 
+def eight_bits(results: Results) -> list[str]:
+    """The denoiser with the blocks' products in fp8, and attention in 8 bits."""
+    found, rows = results("precision"), []
+    for model, kinds in found.get("models", {}).items():
+        full = median(kinds.get("full"))
+        for kind, row in kinds.items():
+            seconds, error = median(row), row.get("relative_error_of_velocity")
+            memory = f"{row['arguments_gb'] + row['above_arguments_gb']:.1f}"
+            rows.append(
+                [model, kind, milliseconds(seconds), ratio(full, seconds), memory, "" if error is None else f"{error:.3f}"]
+            )
+    if not rows:
+        return ["## The denoiser in 8 bits", "", f"{NOT_MEASURED.capitalize()}."]
+    head = ["model", "precision", "ms", "full over it", "memory, GB", "relative error of the velocity"]
+    told = [results.source("precision", [found["stamp"]["commit"]]), f"Of the file: {found['stamp'].get('note', '')}."]
+    return ["## The denoiser in 8 bits", "", *table(head, rows), "", *told]
+
+
 def _against(ours: float | None, compiled: float | None, eager: float | None) -> list[str]:
     """Cells of a row: no peer runs both branches eagerly, which is no gap."""
     told = ("", "") if eager is None else (milliseconds(eager), ratio(eager, ours))
@@ -247,10 +265,10 @@ def where(results: Results) -> tuple[list[str], dict[str, Any]]:
 
 def render(results: Results, into: Path) -> Path:
     """Writes the page and its plots into a folder."""
-    found = [results(name) for name in ("end-to-end", "images", "denoise", "encode", "vae")]
+    found = [results(name) for name in ("end-to-end", "images", "denoise", "precision", "encode", "vae")]
     name = next((one["stamp"]["device"] for one in found if one), results.device)
     lines, plots = where(results)
-    sections = [end_to_end(results), forward(results), lines, other_stages(results), starts(results)]
+    sections = [end_to_end(results), forward(results), eight_bits(results), lines, other_stages(results), starts(results)]
     dtype = "float32" if results.device.startswith("cpu") else "bfloat16"
     page = HEAD.format(device=results.device, name=name, dtype=dtype)
     page += "".join("\n" + "\n".join(section) + "\n" for section in sections)

@@ -144,8 +144,8 @@ def _path(written: Written, operation: tuple[str, str], kernel: str) -> tuple[st
 def _kind(name: str, primitive: str, scope: Sequence[str]) -> str:
     low = name.lower()
     kind = next((kind for kind, words in KINDS.items() if any(word in low for word in words)), "other")
-    if kind == "other" and "mosaic" in low and ("attention" in scope or not scope):
-        return "attention"  # Pallas names its kernels alike, whatever they do
+    if kind == "other" and ("mosaic" in low or primitive == "triton_kernel_call") and ("attention" in scope or not scope):
+        return "attention"  # such kernels are named alike, whatever they do
     return PRIMITIVES.get(primitive, kind) if kind == "other" else kind
 
 

@@ -74,6 +74,7 @@ def test_what_cannot_be_written_is_said_before_anything_loads(tmp_path, monkeypa
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "", (), "attention"),
         ("mosaic_gpu_kernel_5", "custom_call", ("block", "attention"), "attention"),
         ("mosaic_gpu_kernel_5", "custom_call", ("block", "feed_forward"), "other"),
+        ("forward", "triton_kernel_call", ("block", "attention"), "attention"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "", (), "convolutions"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "", (), "matmuls"),
         ("loop_convert_fusion", "convert_element_type", ("block",), "other"),
