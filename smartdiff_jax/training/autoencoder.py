@@ -19,6 +19,7 @@ from pydantic import NonNegativeFloat
 
 from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.training.data.scenes import Scene, render
+from smartdiff_jax.training.devices import BY_COLUMN, EVERYWHERE, Devices, mean
 from smartdiff_jax.training.loop import StageSettings
 from smartdiff_jax.training.state import Component, Optimizer, Params, TrainState
 
@@ -55,19 +56,21 @@ def reconstruction_loss(x: Float[Array, "b t h w 3"], y: Float[Array, "b t h w 3
 
 
 def make_call(
-    vae: Component, settings: AutoencoderSettings, optimizer: Optimizer, size: tuple[int, int], seed: int
+    vae: Component, settings: AutoencoderSettings, optimizer: Optimizer, size: tuple[int, int], seed: int, devices: Devices
 ) -> Callable[[TrainState, Any, Bank, Scene], tuple[TrainState, Array]]:
     """The compiled call: (state, learning rate, bank, scenes [k, b, ...]) to the state after k steps and the mean loss.
 
-    The noise depends on `seed` and the step, so a resumed run draws what it would have drawn.
+    The noise depends on `seed` and the step, so a resumed run draws what it would have drawn. The scenes of a step are split
+    over the devices.
     """
 
     def loss(params: Params, pixels: Array, key: Array) -> Array:
         module = vae.module(params)
-        mean, logvar = module.encode(pixels, chunk=None)
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+        centre, logvar = module.encode(pixels, chunk=None)
+        centre, logvar = centre.astype(jnp.float32), logvar.astype(jnp.float32)
+        noise = devices.noise(key, len(centre) * devices.count, centre.shape[1:])
+        latents = centre + jnp.exp(0.5 * logvar) * noise
+        divergence = 0.5 * jnp.mean(centre**2 + jnp.exp(logvar) - 1 - logvar)
         restored = module.decode(latents, chunk=None)
         return reconstruction_loss(pixels, restored, settings.gradient_weight) + settings.kl_weight * divergence
 
@@ -75,14 +78,15 @@ def make_call(
         def step(state: TrainState, scene: Scene) -> tuple[TrainState, Array]:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             pixels = render(bank, scene, *size)
-            value, gradients = jax.value_and_grad(loss)(state.params, pixels, key)
+            value, gradients = mean(jax.value_and_grad(loss)(state.params, pixels, key))
             state, _ = optimizer.apply(state, gradients, rate)
             return state, value
 
         state, values = jax.lax.scan(step, state, scenes)
         return state, jnp.mean(values)
 
-    return jax.jit(call, donate_argnums=0)
+    split = devices.each(call, (EVERYWHERE, EVERYWHERE, EVERYWHERE, BY_COLUMN), EVERYWHERE)
+    return jax.jit(split, donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +115,13 @@ class Statistics:
 
 
 class Codec:
-    """Scenes to normalised latents and back to frames, each one executable, in batches of the training's size.
+    """Scenes to normalised latents and back to frames, each one executable, in batches of the training's size. All devices
+    encode, one decodes.
 
     The statistics are arguments, so that what is compiled to measure them is not compiled again to use them.
     """
 
-    def __init__(self, vae: Component, size: tuple[int, int], batch_size: int):
+    def __init__(self, vae: Component, size: tuple[int, int], batch_size: int, devices: Devices):
         def encode(params: Params, bank: Bank, scenes: Scene, mean: Array, std: Array) -> Array:
             module = vae.module(params)
 
@@ -124,8 +129,7 @@ class Codec:
                 latents, _ = module.encode(render(bank, scene, *size), chunk=None)
                 return ((latents.astype(jnp.float32) - mean) / std).astype(jnp.bfloat16)
 
-            latents = jax.lax.map(one, scenes)
-            return latents.reshape(-1, *latents.shape[2:])
+            return jax.lax.map(one, scenes)
 
         def decode(params: Params, latents: Array, mean: Array, std: Array) -> Array:
             module, count = vae.module(params), len(latents)
@@ -134,11 +138,13 @@ class Codec:
             frames = jax.lax.map(lambda batch: to_uint8(module.decode(batch, chunk=None)), batches)
             return frames.reshape(-1, *frames.shape[2:])[:count]
 
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        everywhere = (EVERYWHERE,) * 2
+        self._encode = jax.jit(devices.each(encode, (*everywhere, BY_COLUMN, *everywhere), BY_COLUMN))
+        self._decode = jax.jit(decode)
         self._render = jax.jit(lambda bank, scene: to_uint8(render(bank, scene, *size)))
 
-    def encode(self, params: Params, bank: Bank, scenes: Scene, statistics: Statistics) -> Float[Array, "n c f h w"]:
-        """Scenes [k, b, ...] to the means of k * b clips, normalised, in bfloat16."""
+    def encode(self, params: Params, bank: Bank, scenes: Scene, statistics: Statistics) -> Float[Array, "k b c f h w"]:
+        """Scenes [k, b, ...] to the means of their clips, normalised, in bfloat16; params are on all devices, b is split."""
         return self._encode(params, bank, scenes, *statistics.columns())
 
     def decode(self, params: Params, latents: Float[Array, "n c f h w"], statistics: Statistics) -> UInt8[Array, "n t h2 w2 3"]:

@@ -26,6 +26,7 @@ from smartdiff_jax.models.text.source import TextSource
 from smartdiff_jax.samplers.base import NUM_TRAIN_TIMESTEPS
 from smartdiff_jax.sharding.context_parallel import LocalAttend
 from smartdiff_jax.stages.text import text_states
+from smartdiff_jax.training.devices import BY_ROW, EVERYWHERE, Devices, mean
 from smartdiff_jax.training.loop import StageSettings
 from smartdiff_jax.training.pool import Pool
 from smartdiff_jax.training.state import Component, Optimizer, Params, TrainState
@@ -100,18 +101,21 @@ def make_call(
     settings: DenoiserSettings,
     ropes: tuple[Rope, Rope | None],
     seed: int,
+    devices: Devices,
 ) -> Callable[[TrainState, Any, Pool, Any], tuple[TrainState, Array]]:
-    """The compiled call: (state, learning rate, pool, how many of its samples count) to the state after k steps and the loss.
+    """The compiled call: (state, learning rate, pool, how many samples of each device's part count) to the state after k steps
+    and the loss.
 
-    source: of the text. ropes: rotary tables of the tokens, and of the text where it has positions.
+    source: of the text. ropes: rotary tables of the tokens, and of the text where it has positions. devices: each draws its
+    part of a batch from its own part of the pool.
     """
     optimizer, attend, batch = make_optimizer(settings), attend_with(settings.attention), settings.batch_size
     rope, text_rope = jax.tree.map(lambda table: jnp.asarray(table)[None], ropes)
 
     def loss(params: Params, data: Array, ids: Array, key: Array) -> Array:
         sigma_key, noise_key = jax.random.split(key)
-        sigma = draw_sigmas(sigma_key, batch, settings.sigma_mean, settings.sigma_std, settings.shift)
-        noise = jax.random.normal(noise_key, data.shape)
+        sigma = devices.own(draw_sigmas(sigma_key, batch, settings.sigma_mean, settings.sigma_std, settings.shift))
+        noise = devices.noise(noise_key, batch, data.shape[1:])
         data = data.astype(jnp.float32)
         mixed = data + sigma[:, None, None] * (noise - data)
         text, length = told(source, text_encoder.module(part_of(params, TEXT_ENCODER)), ids)
@@ -134,13 +138,15 @@ def make_call(
         def step(state: TrainState, _: Any) -> tuple[TrainState, Array]:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             row_key, variant_key, key = jax.random.split(key, 3)
-            rows = jax.random.randint(row_key, (batch,), 0, filled)
-            ids = pool.text[rows, jax.random.randint(variant_key, (batch,), 0, pool.text.shape[1])].astype(jnp.int32)
-            value, gradients = jax.value_and_grad(loss)(state.params, pool.tokens[rows], ids, key)
+            rows = devices.own(jax.random.randint(row_key, (batch,), 0, filled))
+            variants = devices.own(jax.random.randint(variant_key, (batch,), 0, pool.text.shape[1]))
+            ids = pool.text[rows, variants].astype(jnp.int32)
+            value, gradients = mean(jax.value_and_grad(loss)(state.params, pool.tokens[rows], ids, key))
             state, _ = optimizer.apply(state, gradients, rate)
             return state, value
 
         state, values = jax.lax.scan(step, state, length=settings.steps_per_call)
         return state, jnp.mean(values)
 
-    return jax.jit(call, donate_argnums=0)
+    split = devices.each(call, (EVERYWHERE, EVERYWHERE, BY_ROW, EVERYWHERE), EVERYWHERE)
+    return jax.jit(split, donate_argnums=0)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from smartdiff_jax.errors import SmartdiffError
 from smartdiff_jax.training.checkpoints import Checkpoints
+from smartdiff_jax.training.devices import one
 from smartdiff_jax.training.state import Budget, TrainState, learning_rate
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def run(
     """Train until the budget is spent or the process has to stop; returns the state and whether the schedule is over.
 
     call: `steps_per_call` steps at one learning rate; takes the state over (donation). Returns its mean loss.
-    report: called every `report_minutes` and at the end, with the state.
+    report: called every `report_minutes` and at the end, with one device's copy of the state.
     Raises SmartdiffError if the loss is no longer finite; the last checkpoint is then still good.
     """
     step, last = int(state.step), None
@@ -124,7 +125,7 @@ def run(
     running = math.nan
 
     def save() -> None:
-        checkpoints.save(state, {"spent": budget.spent})
+        checkpoints.save(one(state), {"spent": budget.spent})
 
     while budget.fraction(step) < 1 and not budget.stop():
         rate = learning_rate(budget.fraction(step), settings.learning_rate, settings.warmup)
@@ -153,11 +154,11 @@ def run(
             save()
             saved = budget.spent
         if budget.spent - reported > 60 * settings.report_minutes:
-            report(state)
+            report(one(state))
             reported = budget.spent
             seen, told = step, time.monotonic()
     over = budget.fraction(step) >= 1
     save()
-    report(state)
+    report(one(state))
     log(f"{name}: {'done' if over else 'stopped, to be continued'} at step {step}, loss {running:.4f}")
     return state, over

@@ -35,6 +35,7 @@ from smartdiff_jax.training.data import prepare
 from smartdiff_jax.training.data.captions import Captioner
 from smartdiff_jax.training.data.pictures import PictureCaptioner
 from smartdiff_jax.training.data.scenes import Scene, pack
+from smartdiff_jax.training.devices import Devices
 from smartdiff_jax.training.evaluate import Prompts, Scorer, evaluate, scoring_prompts
 from smartdiff_jax.training.export import Storage, export, restore
 from smartdiff_jax.training.loop import Log, Prefetch, StageSettings, run
@@ -73,8 +74,12 @@ class Run:
         self.log = Log(run_dir / "log.txt")
         on_gpu = jax.default_backend() == "gpu"
         self.dtype = jnp.dtype(("bfloat16" if on_gpu else "float32") if recipe.dtype == "auto" else recipe.dtype)
-        device = jax.devices()[0]
-        self.log(f"{recipe.name}: {device.platform} {device.device_kind}, {self.dtype.name}, run directory {run_dir}")
+        device, seen = jax.devices()[0], len(jax.devices())
+        self.devices = Devices.of(recipe.autoencoder.batch_size, recipe.denoiser.batch_size)
+        self.log(
+            f"{recipe.name}: {device.platform} {device.device_kind}, {self.devices.count} of {seen}, {self.dtype.name}, "
+            f"run directory {run_dir}"
+        )
 
     # What the stages share, made when first asked for.
 
@@ -109,7 +114,7 @@ class Run:
 
     @cached_property
     def bank(self) -> jax.Array:
-        return jax.device_put(pack(self.captioner.atlas.bank()))
+        return self.devices.replicate(pack(self.captioner.atlas.bank()))
 
     def _component(self, name: str, numbers: dict[str, Any]) -> Component:
         architecture = self.recipe.served_by.architectures[name]
@@ -130,7 +135,7 @@ class Run:
 
     @cached_property
     def codec(self) -> Codec:
-        return Codec(self.vae, self._size, self.recipe.autoencoder.batch_size)
+        return Codec(self.vae, self._size, self.recipe.autoencoder.batch_size, self.devices)
 
     @cached_property
     def generator(self) -> Generator:
@@ -184,7 +189,7 @@ class Run:
                 checkpoints.save(optimizer.init(params), {"spent": 0.0})
             self._write_statistics(Statistics(config.latents_mean, config.latents_std))
             return True
-        compiled = autoencoder.make_call(self.vae, settings, optimizer, self._size, seed)
+        compiled = autoencoder.make_call(self.vae, settings, optimizer, self._size, seed, self.devices)
 
         def scenes(index: int) -> Scene:
             rng = np.random.default_rng([seed, 1, index])
@@ -200,15 +205,15 @@ class Run:
                     state, settings, budget, checkpoints, self.log, self._report_autoencoder,
                 )  # fmt: skip
         if over:
-            latents = self.codec.encode(state.average, self.bank, self._unseen(), Statistics.neutral(self.vae.config.z_dim))
-            self._write_statistics(Statistics.of(np.asarray(latents, np.float32)))
+            self._write_statistics(Statistics.of(self._encoded(state.average)))
         return over
 
     def _report_autoencoder(self, state: TrainState) -> None:
-        scenes, neutral = self._unseen(), Statistics.neutral(self.vae.config.z_dim)
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: self.recipe.scoring.prompts], scenes)
+        neutral, count = Statistics.neutral(self.vae.config.z_dim), self.recipe.scoring.prompts
+        choice, scenes = self._unseen()
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], scenes)
         true = np.asarray(self.codec.render(self.bank, flat))
-        latents = self.codec.encode(state.average, self.bank, scenes, neutral)[: len(true)]
+        latents = jnp.asarray(self._encoded(state.average)[: len(true)])
         restored = np.asarray(self.codec.decode(state.average, latents, neutral))
         quality = psnr(true, restored)
         self.log(f"autoencoder: step {int(state.step)}, PSNR {quality:.2f} dB on {len(true)} unseen scenes")
@@ -216,12 +221,22 @@ class Run:
         labels = ["original", "restored"] * (len(pairs) // 2)
         sheet(pairs, labels, self.folder / "sheets" / f"autoencoder-{int(state.step):06d}.png")
         self._note_scores({"autoencoder_psnr": round(quality, 2)})
+        asked = [("", shown) for shown in self.captioner.attributes(choice)[: len(true)]]
+        with Scorer(self.world) as scorer:
+            # What the denoiser could reach at best: the checkers on real scenes that only went through the autoencoder.
+            scorer.submit(restored, asked, lambda scores: self.log(f"autoencoder: restored scenes {scores}"))
 
-    def _unseen(self) -> Scene:
-        """One part of scenes, the same in every run, from numbers that training does not draw."""
+    def _unseen(self) -> tuple[Any, Scene]:
+        """One part of scenes and what they show, the same in every run, from numbers that training does not draw."""
         settings = self.recipe.denoiser.part_calls, self.recipe.autoencoder.batch_size
         rng = np.random.default_rng([self.recipe.seed, 0])
-        return scene_batches(self.world, *settings, rng)[1]
+        return scene_batches(self.world, *settings, rng)
+
+    def _encoded(self, params: Params) -> np.ndarray:
+        """Latents float32 [n, c, f, h, w] of the unseen scenes, as they are."""
+        neutral = Statistics.neutral(self.vae.config.z_dim)
+        latents = self.codec.encode(self.devices.replicate(params), self.bank, self._unseen()[1], neutral)
+        return np.asarray(latents, np.float32).reshape(-1, *latents.shape[2:])
 
     def denoiser(self) -> bool:
         """Train transformer and text encoder; whether they are done."""
@@ -229,13 +244,15 @@ class Run:
         statistics, vae_params = self._statistics(), self._average("autoencoder")
         source = family.text[0]
         ropes = family.rope(self.transformer.config, self.grid, recipe.text.max_length - source.skip, 0)
-        compiled = flow_matching.make_call(self.transformer, self.text_encoder, source, settings, ropes, recipe.seed)
-        packed = jax.jit(self._patches.pack)
+        compiled = flow_matching.make_call(
+            self.transformer, self.text_encoder, source, settings, ropes, recipe.seed, self.devices
+        )  # fmt: skip
+        packed, encoder = jax.jit(jax.vmap(self._patches.pack)), self.devices.replicate(vae_params)
         batch = recipe.autoencoder.batch_size
         prompts = scoring_prompts(self.world, recipe.scoring.prompts)
 
         def encode_scenes(scenes: Scene) -> jax.Array:
-            return packed(self.codec.encode(vae_params, self.bank, scenes, statistics))
+            return packed(self.codec.encode(encoder, self.bank, scenes, statistics))
 
         with self._checkpoints("denoiser") as checkpoints, Scorer(self.world) as scorer:
             optimizer = flow_matching.make_optimizer(settings)
@@ -248,16 +265,18 @@ class Run:
                 seed=(recipe.seed, 2, int(state.step)),
             )  # fmt: skip
             tokens = int(np.prod(self.grid)), self.latent_shape[0] * int(np.prod(self._patches.size))
-            pool = Pool.empty(settings.pool_size, tokens, settings.variants, recipe.text.max_length)
+            pool = Pool.empty(settings.pool_size, tokens, settings.variants, recipe.text.max_length, self.devices)
             with Prefetch(make) as parts:
-                filler = Filler(pool, encode_scenes, parts, settings.fill_share, settings.refresh_share)
+                filler = Filler(
+                    pool, encode_scenes, parts, settings.fill_share, settings.refresh_share, self.devices
+                )  # fmt: skip
                 filler.prefill(settings.pool_size // 8)
                 pace = settings.part_calls * batch / filler.part_seconds
                 self.log(f"denoiser: {filler.filled} scenes encoded, {pace:.0f} scenes/s")
 
                 def call(state: TrainState, rate: float) -> tuple[TrainState, jax.Array]:
                     filler.keep_up()
-                    return compiled(state, np.float32(rate), filler.pool, np.int32(filler.filled))
+                    return compiled(state, np.float32(rate), filler.pool, np.int32(filler.filled_each))
 
                 def report(state: TrainState) -> None:
                     step = int(state.step)
@@ -345,6 +364,7 @@ class Run:
         else:
             state, spent = checkpoints.restore(jax.eval_shape(lambda: optimizer.init(init()))), meta["spent"]
             self.log(f"going on from step {int(state.step)}, {spent:.0f} s")
+        state = self.devices.replicate(state)
         deadline = self._deadline - AFTERWARDS_SECONDS
         return state, Budget(settings.minutes, settings.steps, spent, deadline, finish)
 

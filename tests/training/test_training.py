@@ -24,7 +24,7 @@ from smartdiff_jax.training.checkpoints import Checkpoints
 from smartdiff_jax.training.data.captions import Captioner
 from smartdiff_jax.training.data.pictures import PictureCaptioner
 from smartdiff_jax.training.export import checkpoint_tensors, restore
-from smartdiff_jax.training.pool import with_strange_words
+from smartdiff_jax.training.pool import roughened
 from smartdiff_jax.training.recipe import Run
 from smartdiff_jax.training.state import Budget, Component, Optimizer, count, learning_rate
 from smartdiff_jax.training.tokenizer import CHAT, build_tokenizer, encode
@@ -304,11 +304,14 @@ def test_tokenizer_knows_words_and_spells_the_rest():
         build_tokenizer(captions, 20, 12)
 
 
-def test_strange_words_keep_the_caption():
-    captions = ["a red dog on a blue background", ""] * 200
-    strange = with_strange_words(captions, random.Random(0))
-    changed = [new for old, new in zip(captions, strange, strict=True) if new != old]
-    assert 3 <= len(changed) <= 30 and all(len(new.split()) == 8 for new in changed)
+def test_roughened_captions_keep_what_they_say():
+    captions = ["a red dog moving left on a blue background", ""] * 400
+    rough = roughened(captions, random.Random(0))
+    changed = [new for old, new in zip(captions, rough, strict=True) if new != old]
+    assert 50 <= len(changed) <= 120
+    said = ["red", "dog", "moving", "left", "blue"]
+    assert all([word for word in new.split() if word in said] == said for new in changed)
+    assert any("background" not in new.split() for new in changed) and any(len(new.split()) > 9 for new in changed)
 
 
 def test_noise_levels_cover_their_distribution():

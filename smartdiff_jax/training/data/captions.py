@@ -250,7 +250,7 @@ class Captioner:
         raise AssertionError("the last attempt returns")
 
     def vocabulary(self) -> list[str]:
-        """Every word that a caption of this atlas can hold."""
+        """Every word that a training caption of this atlas can hold."""
         return vocabulary(self.atlas.names, self.atlas.synonyms)
 
 

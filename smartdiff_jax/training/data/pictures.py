@@ -30,10 +30,10 @@ from smartdiff_jax.training.data.wording import (
 )
 
 TOLD = {
-    "left": ("left of", "to the left of", "on the left of"),
-    "right": ("right of", "to the right of", "on the right of"),
-    "above": ("above", "on top of"),
-    "below": ("below", "under", "beneath"),
+    "left": ("left of", "to the left of", "on the left of", "standing left of", "that is left of"),
+    "right": ("right of", "to the right of", "on the right of", "standing right of", "that is right of"),
+    "above": ("above", "on top of", "high above", "that is above", "atop"),
+    "below": ("below", "under", "beneath", "that is below", "far below", "underneath"),
 }
 TOLD_HELD_OUT = {
     "left": ("on the left side of", "just left of"),
@@ -223,8 +223,8 @@ class PictureCaptioner:
         raise AssertionError("the last attempt returns")
 
     def vocabulary(self) -> list[str]:
-        """Every word that a caption of this atlas can hold."""
-        relations = [phrase for told in (TOLD, TOLD_HELD_OUT) for phrases in told.values() for phrase in phrases]
+        """Every word that a training caption of this atlas can hold."""
+        relations = [phrase for phrases in TOLD.values() for phrase in phrases]
         return words_of([*vocabulary(self.atlas.names, self.atlas.synonyms, moving=False), *relations])
 
 

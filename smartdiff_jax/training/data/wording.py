@@ -1,7 +1,8 @@
 """The words of captions: colours, motions, styles, and how they are put into a sentence.
 
 `TRAINING` wordings are what a model learns from; `HELD_OUT` wordings say the same in verbs and sentence shapes it never saw.
-Eight times in ten the first phrase of a list is used, else a synonym.
+Most often the first phrase of a list is used, else a synonym. A model that learns one shape of sentence reads others as noise,
+so training has many, and none of them holds a held-out phrase.
 """
 
 import random
@@ -57,7 +58,10 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Wording:
-    """Phrases after the subject and adjectives before it for every motion, and the shapes of sentences."""
+    """Phrases after the subject and adjectives before it for every motion, and the shapes of sentences.
+
+    plain: how often a motion is said in the first of its phrases.
+    """
 
     after: Mapping[str, Sequence[str]]
     before: Mapping[str, Sequence[str]]
@@ -66,29 +70,52 @@ class Wording:
     background_first: Sequence[str]
     background_last: Sequence[str]
     gradients: Sequence[str]
+    plain: float = 0.8
 
 
 TRAINING = Wording(
     after={
-        "left": ("moving left", "moving to the left", "sliding left", "going left", "drifting left"),
-        "right": ("moving right", "moving to the right", "sliding right", "going right", "drifting right"),
-        "up": ("moving up", "rising", "moving upwards", "floating up", "going up"),
-        "down": ("moving down", "falling", "moving downwards", "sinking down", "going down"),
-        "clockwise": ("spinning clockwise", "rotating clockwise", "turning clockwise"),
-        "counterclockwise": (
-            "spinning counterclockwise",
-            "rotating counterclockwise",
-            "spinning counter-clockwise",
-            "spinning anticlockwise",
-            "turning counterclockwise",
+        "left": (
+            "moving left", "moving to the left", "sliding left", "going left", "drifting left", "gliding to the left",
+            "that moves left", "on its way to the left", "going off to the left",
         ),
-        "grow": ("growing", "zooming in", "getting bigger", "growing larger"),
-        "shrink": ("shrinking", "zooming out", "getting smaller"),
-        "bounce": ("bouncing", "jumping", "hopping", "bouncing up and down"),
-        "shake": ("shaking", "trembling", "vibrating"),
-        "swing": ("swinging", "rocking", "swaying", "swinging back and forth"),
-        "still": ("standing still", "not moving", "motionless"),
-        "animated": ("animated", "in motion", "coming alive"),
+        "right": (
+            "moving right", "moving to the right", "sliding right", "going right", "drifting right", "gliding to the right",
+            "that moves right", "on its way to the right", "going off to the right",
+        ),
+        "up": (
+            "moving up", "rising", "moving upwards", "floating up", "going up", "that moves up", "climbing upwards",
+            "on its way up",
+        ),
+        "down": (
+            "moving down", "falling", "moving downwards", "sinking down", "going down", "that moves down", "coming down",
+            "on its way down",
+        ),
+        "clockwise": (
+            "spinning clockwise", "rotating clockwise", "turning clockwise", "going round clockwise", "that spins clockwise",
+            "in a clockwise spin",
+        ),
+        "counterclockwise": (
+            "spinning counterclockwise", "rotating counterclockwise", "spinning counter-clockwise", "spinning anticlockwise",
+            "turning counterclockwise", "going round anticlockwise", "that spins counterclockwise",
+            "in an anticlockwise spin",
+        ),
+        "grow": ("growing", "zooming in", "getting bigger", "growing larger", "that grows", "growing bigger", "coming closer"),
+        "shrink": (
+            "shrinking", "zooming out", "getting smaller", "that shrinks", "shrinking down", "growing smaller", "going away",
+        ),
+        "bounce": (
+            "bouncing", "jumping", "hopping", "bouncing up and down", "that bounces", "jumping around", "hopping about",
+        ),
+        "shake": ("shaking", "trembling", "vibrating", "that shakes", "shaking from side to side", "trembling all the time"),
+        "swing": (
+            "swinging", "rocking", "swaying", "swinging back and forth", "that swings", "swaying to both sides",
+            "rocking and swaying",
+        ),
+        "still": (
+            "standing still", "not moving", "motionless", "that does not move", "without any motion", "keeping still", "at rest",
+        ),
+        "animated": ("animated", "in motion", "coming alive", "that comes alive", "in its own motion", "full of life"),
     },
     before={
         "grow": ("growing",),
@@ -99,16 +126,34 @@ TRAINING = Wording(
         "still": ("still", "motionless"),
         "animated": ("animated",),
     },
-    style_before={"3d": ("3d", "3d style"), "flat": ("flat", "flat style"), "noto": ("cartoon", "noto style")},
-    style_after={
-        "3d": ("3d", "3d style", "in 3d"),
-        "flat": ("flat style", "flat", "flat design"),
-        "noto": ("cartoon style", "noto style", "drawn as a cartoon"),
+    style_before={
+        "3d": ("3d", "3d style", "3d rendered"),
+        "flat": ("flat", "flat style", "flat drawn"),
+        "noto": ("cartoon", "noto style", "noto", "cartoon drawn"),
     },
-    background_first=("{} background, ", "on a {} background, "),
-    background_last=(" on a {} background", ", {} background", " on {}", " in front of a {} background"),
-    gradients=("{} to {}", "{} to {} gradient"),
-)
+    style_after={
+        "3d": ("3d", "3d style", "in 3d", "rendered in 3d", "a 3d picture", "as 3d art"),
+        "flat": ("flat style", "flat", "flat design", "drawn flat", "a flat picture", "as flat art", "in flat style"),
+        "noto": (
+            "cartoon style", "noto style", "drawn as a cartoon", "cartoon", "a cartoon picture", "as cartoon art",
+            "in cartoon style",
+        ),
+    },
+    background_first=(
+        "{} background, ", "on a {} background, ", "on {}: ", "{} backdrop, ", "against {}, ", "before a {} background: ",
+        "{}, ", "with a {} backdrop, ", "all in front of {}, ", "{} at the back, ",
+    ),
+    background_last=(
+        " on a {} background", ", {} background", " on {}", " in front of a {} background", " against a {} background",
+        ", with {} behind it", " over {}", ", the background {}", ", {}", " before {}", ", the backdrop is {}",
+        ", background: {}",
+    ),
+    gradients=(
+        "{} to {}", "{} to {} gradient", "{} fading to {}", "{} into {}", "{} that turns {}", "{} then {}", "{} and then {}",
+        "{} down to {}",
+    ),
+    plain=0.5,
+)  # fmt: skip
 
 HELD_OUT = Wording(
     after={
@@ -176,7 +221,7 @@ def sentence(
         if shown.motion in wording.before and dice.random() < (0.7 if shown.motion in ("still", "animated") else 0.2):
             motion_before = pick(wording.before[shown.motion], dice)
         else:
-            motion_after = pick(wording.after[shown.motion], dice)
+            motion_after = pick(wording.after[shown.motion], dice, wording.plain)
 
     style_before, style_after = style_words(shown.style, dice, wording, drop)
     head = named(" ".join(word for word in (style_before, motion_before, noun) if word), subject, dice, drop)
@@ -222,16 +267,16 @@ def fix_article(phrase: str) -> str:
 
 
 def vocabulary(names: Sequence[str], synonyms: Sequence[Sequence[str]], moving: bool = True) -> list[str]:
-    """Every lower-case word that a training or held-out caption can hold, sorted: what a tokenizer is built from.
+    """Every lower-case word that a training caption can hold, sorted: what a tokenizer is built from.
 
-    moving: those of motions too.
+    A word that only held-out captions have is none of them: as a token of its own it would keep the vector it was drawn with,
+    while spelled it is read as any unknown word. moving: words of motions too.
     """
     texts = [*names, *(word for words in synonyms for word in words), *BACKGROUNDS, "a an to"]
-    for wording in (TRAINING, HELD_OUT):
-        of_motion = (wording.after, wording.before) if moving else ()
-        for table in (*of_motion, wording.style_before, wording.style_after):
-            texts += [phrase for phrases in table.values() for phrase in phrases]
-        texts += [*wording.background_first, *wording.background_last, *wording.gradients]
+    of_motion = (TRAINING.after, TRAINING.before) if moving else ()
+    for table in (*of_motion, TRAINING.style_before, TRAINING.style_after):
+        texts += [phrase for phrases in table.values() for phrase in phrases]
+    texts += [*TRAINING.background_first, *TRAINING.background_last, *TRAINING.gradients]
     return words_of(texts)
 
 
