@@ -14,7 +14,7 @@ pipeline_tag: {tag}
 ---
 # {name}
 
-{about} It was trained from nothing by `smartdiff train {name}` and is stored in 8 bits, {parameters}
+{about} It was trained from nothing by `smartdiff train {name}` and is stored in {bits} bits, {parameters}
 
     smartdiff generate "{example}" --model {name}
 
@@ -92,7 +92,7 @@ def model_card(recipe: Recipe, scores: Mapping[str, Any]) -> str:
     }
     filled = {name: text.format(**facts) for name, text in texts.items()}
     table = _table(scores, ("subject_top1", "subject_top5", *shares), recipe.served_by.task)
-    return CARD.format(name=recipe.name, parameters=_parameters(scores), scores=table, **filled)
+    return CARD.format(name=recipe.name, bits=recipe.bits, parameters=_parameters(scores), scores=table, **filled)
 
 
 def _parameters(scores: Mapping[str, Any]) -> str:

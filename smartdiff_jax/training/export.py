@@ -4,14 +4,14 @@ The key rules of an architecture lead from checkpoint to parameter; here they ar
 rule's pattern; the layout is undone by the family's `Trainee`, and every tensor is put through its own rule again before it is
 written: what the loader would make of it must be the parameter, to the bit.
 
-The bundled model is stored in 8 bits (`weights.quantized`), a snapshot to train on from in bfloat16.
+The bundled model is stored in few bits (`weights.quantized`), a snapshot to train on from in bfloat16.
 """
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -30,7 +30,8 @@ from smartdiff_jax.weights.folder import open_folder
 from smartdiff_jax.weights.stream import load
 from smartdiff_jax.weights.tensor_file import write
 
-Storage = Literal["int8", "bfloat16"]
+BFLOAT16 = 16
+"""Bits of a snapshot."""
 DIFFUSERS_VERSION = "0.35.0"  # the first with everything the configs name
 
 
@@ -102,11 +103,11 @@ def export(
     text_length: int,
     shift: float,
     card: str,
-    storage: Storage = "int8",
+    bits: int,
 ) -> int:
     """Write the whole folder; returns the bytes of its weights. Files of the same names are replaced.
 
-    trained: "transformer", "text_encoder" and "vae". shift: the default of sampling. card: text of README.md.
+    trained: "transformer", "text_encoder" and "vae". shift: the default of sampling. card: text of README.md. bits: of a number.
     """
     trainee = TRAINEES[family.name]
     for name, (component, params) in trained.items():
@@ -117,8 +118,8 @@ def export(
         _write_json(target / "config.json", about | trainee.config_fields(name, component.config))
         tensors = checkpoint_tensors(name, component, params, trainee)
         file = target / f"{stem}.safetensors"
-        if storage == "int8":
-            quantized.save(file, tensors)
+        if bits < BFLOAT16:
+            quantized.save(file, tensors, bits)
         else:
             write(file, {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()})
     (folder / "tokenizer").mkdir(exist_ok=True)
@@ -136,7 +137,7 @@ def export(
 
 
 def restore(folder: Path, name: str, architecture: Architecture) -> tuple[Any, Params]:
-    """The config and the float32 parameters of one component of such a folder (8-bit or not)."""
+    """The config and the float32 parameters of one component of such a folder, in any number of bits."""
     component = open_folder(folder).require(name)
     config = architecture.config.model_validate(component.config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -4,7 +4,7 @@
     RUN/autoencoder/, RUN/denoiser/        Orbax checkpoints; a stage goes on from its newest
     RUN/latents.json                       mean and deviation of the latents: the autoencoder is done
     RUN/sheets/*.png, log.txt, scores.json, cache/ (compiled code)
-    RUN/bundle/, RUN/snapshot/             the model in 8 bits, and in bfloat16 to start another run from (`init_from`)
+    RUN/bundle/, RUN/snapshot/             the model in the recipe's bits, and in bfloat16 to start another run from (`init_from`)
     RUN/NAME.yaml                          what `config/models` says of it, once it is bundled
 
 A run may be cut into several calls (`call_minutes`): each goes on where the last one stopped. With `finish`, a call ends the
@@ -37,7 +37,7 @@ from smartdiff_jax.training.data.pictures import PictureCaptioner
 from smartdiff_jax.training.data.scenes import Scene, pack
 from smartdiff_jax.training.devices import Devices
 from smartdiff_jax.training.evaluate import Prompts, Scorer, evaluate, scoring_prompts
-from smartdiff_jax.training.export import Storage, export, restore
+from smartdiff_jax.training.export import BFLOAT16, export, restore
 from smartdiff_jax.training.loop import Log, Prefetch, StageSettings, run
 from smartdiff_jax.training.pool import Filler, Pool, part_maker, scene_batches
 from smartdiff_jax.training.sampling import Generator, sheet
@@ -289,7 +289,7 @@ class Run:
         return over
 
     def export(self) -> None:
-        """Write the bundle (8 bits) and the snapshot (bfloat16) from the newest averages."""
+        """Write the bundle (in the recipe's bits) and the snapshot (bfloat16) from the newest averages."""
         recipe, statistics, params = self.recipe, self._statistics(), self._average("denoiser")
         numbers = recipe.vae | {"latents_mean": statistics.mean, "latents_std": statistics.std}
         trained = {
@@ -300,13 +300,12 @@ class Run:
         numbers = {name: count(part) for name, (_, part) in trained.items()}
         self._note_scores({"parameters": numbers, "subjects": len(self.captioner.atlas.names)})
         self.log(f"export: parameters {numbers}")
-        folders: tuple[tuple[Path, Storage], ...] = ((self.out, "int8"), (self.folder / "snapshot", "bfloat16"))
-        for folder, storage in folders:
+        for folder, bits in ((self.out, recipe.bits), (self.folder / "snapshot", BFLOAT16)):
             size = export(
                 folder, recipe.served_by, trained, self.tokenizer, recipe.text.max_length,
-                recipe.denoiser.shift, self._card(), storage,
+                recipe.denoiser.shift, self._card(), bits,
             )  # fmt: skip
-            self.log(f"export: {folder}, {size / 1e6:.2f} MB of weights as {storage}")
+            self.log(f"export: {folder}, {size / 1e6:.2f} MB of weights in {bits} bits")
         spec = recipe.spec(sum(numbers.values())).model_dump(mode="json", exclude_defaults=True)
         file = self.folder / f"{recipe.name}.yaml"
         file.write_text(yaml.safe_dump(spec, sort_keys=False, width=128, default_flow_style=False))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from smartdiff_jax.config.fields import raise_invalid
 from smartdiff_jax.config.model import ModelSpec, SamplingDefaults
@@ -62,8 +62,8 @@ class ScoringSettings(_Section):
 class Recipe(_Section):
     """Everything that decides what a training makes. The three `dict`s are the components' own config numbers.
 
-    description: of the model, for `smartdiff models`. sampling: its defaults; size, frames and shift are those it is
-    trained at.
+    description: of the model, for `smartdiff models`. bits: of a number of the bundled weights. sampling: its defaults; size,
+    frames and shift are those it is trained at.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Recipe(_Section):
     description: str = ""
     seed: int = 0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    bits: int = Field(8, ge=2, le=8)
     atlas: AtlasSettings = AtlasSettings()
     output: OutputSettings
     text: TextSettings

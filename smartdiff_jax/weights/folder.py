@@ -59,7 +59,8 @@ class Component:
             twice = found.keys() & tensors.keys()
             if twice:
                 raise CheckpointError(f"{file}: {min(twice)!r} is in another file of {self.path} too; keep only one set")
-            found |= quantized.dequantized(tensors) if metadata.get("format") == quantized.FORMAT else tensors
+            packed = metadata.get("format") == quantized.FORMAT
+            found |= quantized.dequantized(tensors, metadata) if packed else tensors
         return found
 
 

@@ -204,7 +204,7 @@ def test_a_snapshot_starts_another_run(finished, toy_recipe, captioner, tmp_path
         narrow._first_weights()
 
 
-def test_the_bundle_holds_the_averages_to_8_bits(finished, family):
+def test_the_bundle_holds_the_averages_to_its_bits(finished, family):
     averages = {"vae": Checkpoints(finished.folder / "autoencoder").average()}
     both = Checkpoints(finished.folder / "denoiser").average()
     for name in ("transformer", "text_encoder"):
