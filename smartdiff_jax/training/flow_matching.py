@@ -42,6 +42,7 @@ class DenoiserSettings(StageSettings):
     pool_size: clips kept, a multiple of part_calls * (batch size of the autoencoder). part_calls: batches encoded at once.
     variants: captions a clip. refresh_share: of the time, spent on encoding new clips once the pool is full (0: none);
     fill_share: the same while it is filling. embedding_lr_scale: of the word embeddings, each of which is seldom seen.
+    muon: see `state.Optimizer`.
     """
 
     shift: PositiveFloat = 3.0
@@ -55,6 +56,7 @@ class DenoiserSettings(StageSettings):
     refresh_share: NonNegativeFloat = Field(0.08, lt=1)
     fill_share: float = Field(0.5, gt=0, lt=1)
     embedding_lr_scale: PositiveFloat = 4.0
+    muon: NonNegativeFloat = 0.0
 
 
 def attend_with(name: str) -> LocalAttend:
@@ -91,7 +93,7 @@ def draw_sigmas(key: Array, n: int, mean: float, std: float, shift: float) -> Fl
 
 def make_optimizer(settings: DenoiserSettings) -> Optimizer:
     """The optimizer of this stage."""
-    return Optimizer(settings.weight_decay, settings.gamma, {EMBEDDING: settings.embedding_lr_scale})
+    return Optimizer(settings.weight_decay, settings.gamma, {EMBEDDING: settings.embedding_lr_scale}, settings.muon)
 
 
 def make_call(

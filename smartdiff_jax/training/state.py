@@ -5,6 +5,7 @@ export all see the same names; the module is rebuilt in the dtype it runs in ins
 
     AdamW(b1 0.9, b2 0.99), gradients clipped to norm 1, learning rate: linear warm-up, then half a cosine to zero,
     over the *fraction of the budget* that is spent. A budget is minutes, so that a run ends its schedule when its time ends.
+    The matrices of blocks may follow Muon instead (https://kellerjordan.github.io/posts/muon): momentum, made orthogonal.
 
     average_t = average + (1 - d_t) (params - average),  d_t = (1 - 1/t)^(gamma + 1)
 
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -27,6 +29,7 @@ from smartdiff_jax.models.family import Architecture
 from smartdiff_jax.weights.stream import abstract, dotted
 
 Params = dict[str, Array]
+ADAM_RMS = 0.2  # of AdamW's updates, over their elements, once a run is under way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +109,25 @@ class Optimizer:
     """AdamW with clipping and averaging; `lr_scale` multiplies the rate of the parameters it names.
 
     weight_decay: of kernels only; gamma: how short the average is (its spread is about 1/gamma of the run).
+    muon: the size of a step of the blocks' matrices by Muon, in steps of AdamW (arXiv 2502.16982, section 2.2); 0: all by AdamW.
     """
 
     weight_decay: float = 0.01
     gamma: float = 12.0
     lr_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    muon: float = 0.0
 
     def _transform(self) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8),
-            optax.add_decayed_weights(self.weight_decay, mask=_decayed),
-        )
+        steps = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8) if self.muon == 0 else self._muon()
+        decay = optax.add_decayed_weights(self.weight_decay, mask=_decayed)
+        return optax.chain(optax.clip_by_global_norm(1.0), steps, decay)
+
+    def _muon(self) -> optax.GradientTransformation:
+        down = optax.contrib.muon(
+            1.0, adam_b1=0.9, adam_b2=0.99, consistent_rms=ADAM_RMS * self.muon,
+            muon_weight_dimension_numbers=_matrices_of_blocks,
+        )  # fmt: skip
+        return optax.chain(down, optax.scale(-1.0))
 
     def init(self, params: Params) -> TrainState:
         """A state at step 0, on this device, as that of a checkpoint is: a step compiled for a state that is on no device in
@@ -143,6 +153,15 @@ class Optimizer:
         }
         average = {name: params[name] + keep * (value - params[name]) for name, value in state.average.items()}
         return TrainState(params, average, moments, step), optax.tree.norm(gradients)
+
+
+def _matrices_of_blocks(params: Any) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+    """Stacked layer by layer: [layers, in, out]."""
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return {
+        name: stacked if "blocks." in name and name.endswith("kernel") and leaf.ndim == 3 else None
+        for name, leaf in params.items()
+    }
 
 
 def _decayed(params: Any) -> dict[str, bool]:

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 
@@ -23,8 +24,9 @@ from smartdiff_jax.training import autoencoder, flow_matching, loop, recipe, set
 from smartdiff_jax.training.checkpoints import Checkpoints
 from smartdiff_jax.training.data.captions import Captioner
 from smartdiff_jax.training.data.pictures import PictureCaptioner
+from smartdiff_jax.training.devices import Devices, one
 from smartdiff_jax.training.export import checkpoint_tensors, restore
-from smartdiff_jax.training.pool import roughened
+from smartdiff_jax.training.pool import Pool, putter, roughened, scene_batches
 from smartdiff_jax.training.recipe import Run
 from smartdiff_jax.training.state import Budget, Component, Optimizer, count, learning_rate
 from smartdiff_jax.training.tokenizer import CHAT, build_tokenizer, encode
@@ -116,6 +118,13 @@ def once_for_equal(make):
 
     made = {}
     return remembering
+
+
+class Plain(Optimizer):
+    """Gradient descent, whose steps are as exact as the gradients are."""
+
+    def _transform(self):
+        return optax.identity()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -244,6 +253,43 @@ def test_the_pipeline_runs_the_bundle_as_training_does(finished, family, tmp_pat
     )  # fmt: skip
     assert out.frames.shape == (1, output.num_frames, 16, 16, 3)
     np.testing.assert_allclose(out.latents.reshape(theirs.shape), theirs, atol=1e-4)
+
+
+@once_on_stills
+def test_two_devices_take_the_steps_of_one(toy_recipe, captioner, tmp_path):
+    """Both stages, from the same weights and scenes: what differs is the order in which numbers are added."""
+    # Of steps by momentum alone, in which a gradient near nothing weighs nothing; each device's part of the pool is the same.
+    training = make_run(toy_recipe, captioner, tmp_path, ["autoencoder.batch_size=4"])
+    settings, denoising = training.recipe.autoencoder, training.recipe.denoiser
+    scenes = scene_batches(training.world, 2, 4, np.random.default_rng(3))[1]
+    source = training.recipe.served_by.text[0]
+    ropes = training.recipe.served_by.rope(training.transformer.config, training.grid, 60 - source.skip, 0)
+    rng = np.random.default_rng(4)
+    latents = rng.normal(size=(1, 2, 16, 16)).astype(jnp.bfloat16)
+    text = np.stack([training.tokenize(["a red boot", "a kite on a blue background"]) for _ in range(2)], 1)[None]
+
+    def steps(count):
+        devices = Devices(jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",)))
+        encode = autoencoder.make_call(training.vae, settings, Plain(), (16, 16), 1, devices)
+        state = devices.replicate(Plain().init(training._first_vae()))
+        state, first = encode(state, np.float32(0.1), devices.replicate(training.bank), scenes)
+        make = flow_matching.make_call
+        denoise = make(training.transformer, training.text_encoder, source, denoising, ropes, 1, devices)
+        pool = Pool.empty(2 * count, (16, 16), 2, 60, devices)
+        parts = (np.concatenate([whole] * count, 1) for whole in (latents, text))
+        pool = putter(devices)(pool, *parts, np.int32(0))
+        both = devices.replicate(Plain().init(training._first_weights()))
+        both, second = denoise(both, np.float32(0.1), pool, np.int32(2))
+        return one((state.params, both.params)), float(first), float(second)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_matching, "make_optimizer", lambda settings: Plain())
+        alone, together = steps(1), steps(2)
+    assert together[1:] == pytest.approx(alone[1:], rel=1e-5)
+    for mine, theirs, start in zip(together[0], alone[0], (training._first_vae(), training._first_weights()), strict=True):
+        for name, value in theirs.items():
+            moved = np.max(np.abs(value - start[name]))
+            np.testing.assert_allclose(mine[name], value, rtol=0, atol=1e-3 * moved + 1e-7, err_msg=name)
 
 
 @once
