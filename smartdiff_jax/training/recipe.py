@@ -44,7 +44,7 @@ from smartdiff_jax.training.sampling import Generator, sheet
 from smartdiff_jax.training.settings import Recipe, load_recipe
 from smartdiff_jax.training.state import Budget, Component, Optimizer, Params, TrainState, count
 from smartdiff_jax.training.tokenizer import build_tokenizer, encode
-from smartdiff_jax.training.trainees.base import TEXT_ENCODER, TRANSFORMER
+from smartdiff_jax.training.trainees.base import EMBEDDING, TEXT_ENCODER, TRANSFORMER
 from smartdiff_jax.training.worlds import World, captioner_of
 
 STAGES = ("prepare", "autoencoder", "denoiser", "export", "evaluate", "all")
@@ -97,14 +97,11 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         file, text = self.folder / "tokenizer.json", self.recipe.text
         if not file.is_file():
-            if self._init_from is not None:
-                tokenizer = Tokenizer.from_file(str(self._init_from / "tokenizer" / "tokenizer.json"))
-            else:
-                rng = np.random.default_rng(self.recipe.seed)
-                choice: Any = self.captioner.choose(text.captions, rng)
-                captions = map(self.recipe.trainee.text, self.captioner.captions(choice, rng))
-                words = [*captions, *self.captioner.vocabulary()]
-                tokenizer = build_tokenizer(words, text.vocab_size, text.max_length, self.recipe.trainee.tokenizer)
+            rng = np.random.default_rng(self.recipe.seed)
+            choice: Any = self.captioner.choose(text.captions, rng)
+            captions = map(self.recipe.trainee.text, self.captioner.captions(choice, rng))
+            words = [*captions, *self.captioner.vocabulary()]
+            tokenizer = build_tokenizer(words, text.vocab_size, text.max_length, self.recipe.trainee.tokenizer)
             tokenizer.save(str(file))
         return Tokenizer.from_file(str(file))
 
@@ -378,9 +375,14 @@ class Run:
             (self.transformer, TRANSFORMER, "transformer"), (self.text_encoder, TEXT_ENCODER, "text_encoder")
         ):  # fmt: skip
             config, part = restore(self._init_from, name, component.architecture)
-            if config != component.config:
+            # As it would be read back: fields that are of no effect are written as upstream has them.
+            ours = type(config).model_validate(self.recipe.trainee.config_fields(name, component.config))
+            if config.model_copy(update=_vocabulary(ours)) != ours:
                 raise InvalidConfig("init_from", str(self._init_from), f"its {name} is not the recipe's: {config}")
             params |= {prefix + path: value for path, value in part.items()}
+        fresh = self.text_encoder.init(self.recipe.seed + 1)[EMBEDDING.removeprefix(TEXT_ENCODER)]
+        known = Tokenizer.from_file(str(self._init_from / "tokenizer" / "tokenizer.json"))
+        params[EMBEDDING] = kept_words(params[EMBEDDING], known, fresh, self.tokenizer)
         return params
 
     def _average(self, stage: str) -> Params:
@@ -417,6 +419,19 @@ class Run:
         tokens, text = int(np.prod(self.grid)), self.recipe.text.max_length - self.recipe.served_by.text[0].skip
         forward = self.recipe.trainee.forward_flops(self.transformer.config, tokens, text)
         return f"{tokens} tokens a sample, {3 * self.recipe.denoiser.batch_size * forward / 1e12:.2f} TFLOP a step"
+
+
+def _vocabulary(config: Any) -> dict[str, Any]:
+    return {"vocab_size": config.vocab_size} if hasattr(config, "vocab_size") else {}
+
+
+def kept_words(vectors: jax.Array, theirs: Tokenizer, fresh: jax.Array, ours: Tokenizer) -> jax.Array:
+    """The vectors of our tokens: theirs where both tokenizers know it, fresh ones else."""
+    table, old, known = np.array(fresh), np.asarray(vectors), theirs.get_vocab()
+    for token, row in ours.get_vocab().items():
+        if token in known:
+            table[row] = old[known[token]]
+    return jnp.asarray(table)
 
 
 def main_train(
