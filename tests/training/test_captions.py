@@ -9,6 +9,7 @@ from smartdiff_jax.training.data.captions import ANIMATED, Captioner, Mix, draw_
 from smartdiff_jax.training.data.wording import (
     BACKGROUNDS,
     COLOURS,
+    HELD_OUT,
     MOTIONS,
     PROCEDURAL,
     RELATIONS,
@@ -115,13 +116,31 @@ def test_articles(noun, expected):
     assert article(noun, noun) == expected
 
 
-def test_vocabulary_holds_every_word_of_every_caption(drawn_atlas):
+def test_vocabulary_holds_every_word_of_training_and_none_that_only_held_out_captions_have(drawn_atlas):
     captioner = Captioner(drawn_atlas)
     rng = np.random.default_rng(2)
     words = set(captioner.vocabulary())
     captions = captioner.captions(captioner.choose(1500, rng), rng)
-    captions += [prompt for held_out in (False, True) for prompt, _ in captioner.prompts_for_scoring(300, 1, held_out)]
+    captions += [prompt for prompt, _ in captioner.prompts_for_scoring(300, 1)]
     assert {word for caption in captions for word in re.findall(r"[^\s,:]+", caption)} <= words
+    assert words.isdisjoint({"heading", "travelling", "dropping", "becoming", "shown", "staying"})
+
+
+def test_no_held_out_shape_of_a_sentence_is_in_training():
+    grounds = [*HELD_OUT.background_first, *HELD_OUT.background_last]
+    held = [phrase.format("red") for phrase in (*grounds, *(g.format("{}", "blue") for g in HELD_OUT.gradients))]
+    held += [phrase for phrases in HELD_OUT.after.values() for phrase in phrases]
+    shown = Attributes("kite", "noto", None, ("red", "blue"), "left")
+    dice = random.Random(0)
+    captions = [
+        sentence(Attributes("kite", "flat", None, ground, motion), "animated", dice)
+        for motion in MOTIONS
+        for ground in (("red",), ("red", "blue"))
+        for _ in range(300)
+    ]
+    assert sentence(shown, "still", dice, wording=HELD_OUT, drop=False) not in captions
+    found = {phrase for phrase in held for caption in captions if phrase in caption}
+    assert not found
 
 
 def test_invisible_choices_are_avoided(drawn_atlas):

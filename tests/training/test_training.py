@@ -28,7 +28,7 @@ from smartdiff_jax.training.devices import Devices, one
 from smartdiff_jax.training.export import checkpoint_tensors, restore
 from smartdiff_jax.training.pool import Pool, putter, roughened, scene_batches
 from smartdiff_jax.training.recipe import Run
-from smartdiff_jax.training.state import Budget, Component, Optimizer, count, learning_rate
+from smartdiff_jax.training.state import ADAM_RMS, Budget, Component, Optimizer, count, learning_rate
 from smartdiff_jax.training.tokenizer import CHAT, build_tokenizer, encode
 from smartdiff_jax.training.trainees import TRAINEES
 from smartdiff_jax.training.trainees.qwen_image import neighbour_biases
@@ -400,6 +400,36 @@ def test_the_average_follows_a_fixed_share_of_the_run():
     # x rises by one a step, so the average lags by a tenth of the run, and a bit
     lag = float(jnp.mean(state.params["x.kernel"] - state.average["x.kernel"]))
     assert 7 < lag / float(jnp.mean(state.params["x.kernel"])) * 100 < 12 and float(norm) == 2.0
+
+
+def test_muon_steps_of_matrices_are_orthogonal_and_as_large_as_asked():
+    shapes = {"blocks.a.kernel": (2, 16, 64), "text.blocks.b.kernel": (3, 64, 16), "blocks.bias": (2, 8), "head.kernel": (16, 4)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    gradients = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    optimizer, adam = Optimizer(weight_decay=0.0, muon=2.0), Optimizer(weight_decay=0.0)
+    zeros = jax.tree.map(jnp.zeros_like, gradients)
+    moved, plainly = (o.apply(o.init(zeros), gradients, jnp.float32(1.0))[0].params for o in (optimizer, adam))
+    for name, gradient in gradients.items():
+        if "blocks." not in name or gradient.ndim < 3:
+            np.testing.assert_array_equal(moved[name], plainly[name])
+            continue
+        step = -np.asarray(moved[name])
+        assert np.sqrt((step**2).mean()) == pytest.approx(2 * ADAM_RMS, rel=0.2)
+        values = np.linalg.svd(step, compute_uv=False)
+        assert values.max() / values.min() < 2  # those of the gradient, before: about 3
+        u, _, vh = np.linalg.svd(np.asarray(gradient), full_matrices=False)
+        nearest = u @ vh * np.sqrt((step**2).sum((1, 2), keepdims=True) / 16)
+        assert np.linalg.norm(step - nearest) < 0.25 * np.linalg.norm(nearest)
+
+
+def test_words_that_both_tokenizers_know_keep_their_vectors():
+    theirs, ours = (build_tokenizer(words, 300, 8) for words in (["dog cat sun"], ["a cat on the sun"]))
+    old = jnp.arange(theirs.get_vocab_size(), dtype=jnp.float32)[:, None]
+    fresh = jnp.full((ours.get_vocab_size(), 1), -1.0)
+    kept = recipe.kept_words(old, theirs, fresh, ours)
+    for word in ("cat", "sun", "a", "</s>"):
+        assert kept[ours.token_to_id(word), 0] == theirs.token_to_id(word)
+    assert kept[ours.token_to_id("the"), 0] == -1
 
 
 def test_a_checkpoint_of_other_numbers_is_refused(tmp_path):
