@@ -107,7 +107,7 @@ def export(
 ) -> int:
     """Write the whole folder; returns the bytes of its weights. Files of the same names are replaced.
 
-    trained: "transformer", "text_encoder" and "vae". shift: the default of sampling. card: text of README.md. bits: of a number.
+    trained: "transformer", "text_encoder" and "vae". shift: the default of sampling. card: text of README.md. bits: a number.
     """
     trainee = TRAINEES[family.name]
     for name, (component, params) in trained.items():

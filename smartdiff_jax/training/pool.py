@@ -54,8 +54,8 @@ class Pool:
 
 
 def putter(devices: Devices) -> Callable[[Pool, Any, Any, Any], Pool]:
-    """A compiled function: (pool, tokens [k, b, s, p], text [k, b, v, l], row) to the pool with these clips in each device's part
-    from that row of it on; it takes the pool over."""
+    """A compiled function: (pool, tokens [k, b, s, p], text [k, b, v, l], row) to the pool with these clips in each device's
+    part from that row of it on; it takes the pool over."""
 
     def put(pool: Pool, tokens: Array, text: Array, at: Array) -> Pool:
         tokens, text = (part.reshape(-1, *part.shape[2:]) for part in (tokens, text.astype(pool.text.dtype)))

@@ -4,7 +4,7 @@
     RUN/autoencoder/, RUN/denoiser/        Orbax checkpoints; a stage goes on from its newest
     RUN/latents.json                       mean and deviation of the latents: the autoencoder is done
     RUN/sheets/*.png, log.txt, scores.json, cache/ (compiled code)
-    RUN/bundle/, RUN/snapshot/             the model in the recipe's bits, and in bfloat16 to start another run from (`init_from`)
+    RUN/bundle/, RUN/snapshot/             the model in the recipe's bits, and in bfloat16 to start a run from (`init_from`)
     RUN/NAME.yaml                          what `config/models` says of it, once it is bundled
 
 A run may be cut into several calls (`call_minutes`): each goes on where the last one stopped. With `finish`, a call ends the

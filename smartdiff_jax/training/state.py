@@ -109,7 +109,8 @@ class Optimizer:
     """AdamW with clipping and averaging; `lr_scale` multiplies the rate of the parameters it names.
 
     weight_decay: of kernels only; gamma: how short the average is (its spread is about 1/gamma of the run).
-    muon: the size of a step of the blocks' matrices by Muon, in steps of AdamW (arXiv 2502.16982, section 2.2); 0: all by AdamW.
+    muon: the size of a step of the blocks' matrices by Muon, in steps of AdamW (arXiv 2502.16982, section 2.2), which moves the
+    rest, with Nesterov's momentum; 0: all by plain AdamW.
     """
 
     weight_decay: float = 0.01

@@ -1,10 +1,10 @@
-"""Storage of the bundled models in few bits: matrices as packed integers with a scale for every 64 of them, the rest in float16.
+"""Storage of the bundled models in few bits: matrices as packed integers with a scale for every 64, all the rest in float16.
 
     q = round(x / scale),  |q| <= h = 2^(bits - 1) - 1,  q + h in `bits` bits, the highest first
 
-Of the scales that reach max |x| / h of a group, or a little less, each group has the one that loses least. A tensor is stored as
-uint8 [groups, 8 * bits], its scales beside it as float16 [groups]; its shape is in the file's metadata. Zeros in front of a
-tensor are not stored: of a video autoencoder's kernels for pictures, two taps in three are (`[full shape, stored shape]`).
+Each group has the scale that loses least, among max |x| / h and a few below it. A tensor is stored as uint8 [groups, 8 * bits],
+its scales beside it as float16 [groups]; its shape is in the file's metadata. Zeros in front of a tensor are not stored: two
+taps in three are zero in a video autoencoder made for pictures (`[full shape, stored shape]`).
 Storage only: the loader hands out float32 and the run computes in its own dtype.
 """
 
@@ -61,8 +61,8 @@ def _highest(bits: int) -> int:
 def quantize(flat: Mapping[str, np.ndarray], bits: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Float tensors to their storage, and the metadata of the file they go into.
 
-    A tensor becomes `name` and `name.scale`, or `name` in float16 where it is small (an error of 2^-11 relative; float32 is kept
-    where float16 would overflow or lose small numbers). Tensors that are not floats pass unchanged.
+    A tensor becomes `name` and `name.scale`, or `name` in float16 where it is small (an error of 2^-11 relative; float32 is
+    kept where float16 would overflow or lose small numbers). Tensors that are not floats pass unchanged.
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits}: must be {BITS.start} to {BITS.stop - 1}")

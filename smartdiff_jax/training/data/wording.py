@@ -113,7 +113,8 @@ TRAINING = Wording(
             "rocking and swaying",
         ),
         "still": (
-            "standing still", "not moving", "motionless", "that does not move", "without any motion", "keeping still", "at rest",
+            "standing still", "not moving", "motionless", "that does not move", "without any motion", "keeping still",
+            "at rest",
         ),
         "animated": ("animated", "in motion", "coming alive", "that comes alive", "in its own motion", "full of life"),
     },
