@@ -4,7 +4,7 @@
     python benchmarks/quality.py                   100 prompts in the wording of training, 100 held out
     python benchmarks/quality.py --model runs/pocket-image/bundle --recipe pocket-image      a model that is not bundled yet
 
-Writes benchmarks/results/quality-<model>-<device>.json and a contact sheet of the first prompts.
+Writes benchmarks/results/quality-<model>-<device>.json, and a sheet of the first prompts, 32 as in training and 16 held out.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from smartdiff_jax.training.evaluate import Scorer, evaluate  # noqa: E402
 from smartdiff_jax.training.sampling import sheet  # noqa: E402
 from smartdiff_jax.training.settings import load_recipe  # noqa: E402
 from smartdiff_jax.training.worlds import World, captioner_of  # noqa: E402
+
+SHOWN = 32, 16  # on the contact sheet, of the prompts as in training and of those held out
 
 
 def main() -> None:
@@ -58,7 +60,8 @@ def main() -> None:
     for name in ("trained", "held_out"):
         print(name, report[name])
     if arguments.sheet:
-        sheet(np.stack([clip for _, clip in kept[:24]]), [prompt for prompt, _ in kept[:24]], arguments.sheet)
+        shown = [*kept[: SHOWN[0]], *kept[arguments.prompts :][: SHOWN[1]]]
+        sheet(np.stack([clip for _, clip in shown]), [prompt for prompt, _ in shown], arguments.sheet)
     if not arguments.dry_run:
         resolved = pipe("", seed=0, **settings, output_type="latent").report.params
         print(write(f"quality-{recipe.name}", {"stamp": stamp(), "params": resolved, **report}))

@@ -44,7 +44,7 @@ class Devices:
         """Of an array over these devices."""
         return NamedSharding(self.mesh, spec)
 
-    def replicate(self, tree: T) -> T:
+    def replicate(self, tree: Any) -> Any:
         """Everything on every device."""
         return jax.device_put(tree, self.sharding(EVERYWHERE))
 

@@ -126,7 +126,7 @@ class Optimizer:
     def _muon(self) -> optax.GradientTransformation:
         down = optax.contrib.muon(
             1.0, adam_b1=0.9, adam_b2=0.99, consistent_rms=ADAM_RMS * self.muon,
-            muon_weight_dimension_numbers=_matrices_of_blocks,
+            muon_weight_dimension_numbers=_matrices_of_blocks,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         return optax.chain(down, optax.scale(-1.0))
 
