@@ -28,7 +28,7 @@ def triton_sage_attention(
     """Serves half precision and head dims 64 and 128, on NVIDIA GPUs from Ampere on, with jax-triton. Not exact: see
     docs/kernels.md."""
     capability = _require(q)
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]  # it imports on GPUs only
 
     from smartdiff_jax.kernels.tritonlang.sage import KEYS, QUERIES, forward
 
