@@ -248,6 +248,7 @@ class Engine:
             self._make_ready(run, None)
         else:
             self.shapes.compile(run, self._make_ready)
+            self._tell(job.id)
 
     # The compiling thread too.
 

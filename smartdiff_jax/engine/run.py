@@ -78,7 +78,6 @@ class Run:
 
     def compile(self) -> None:
         """Up to the first step, which compiles all that the request needs; on no thread that others wait for."""
-        self.progress = Progress("compile", 0, 1)
         self.pipe.compile_decoder(self.resolved)
         event = self._next()
         assert isinstance(event, Pause) and event.done < event.total

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from smartdiff_jax.config.request import ResolvedParams
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.engine.run import Run
+from smartdiff_jax.stages.base import Progress
 
 
 class Shapes:
@@ -29,7 +30,7 @@ class Shapes:
 
     def compile(self, run: Run, then: Callable[[Run, Exception | None], None]) -> None:
         """One run at a time; `then` is called on the thread that compiles, with what went wrong."""
-        run.compiling = True
+        run.compiling, run.progress = True, Progress("compile", 0, 1)
         self._pool.submit(self._compile, run, then)
 
     def _compile(self, run: Run, then: Callable[[Run, Exception | None], None]) -> None:

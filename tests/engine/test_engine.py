@@ -118,7 +118,7 @@ def test_a_shape_that_is_new_is_compiled_while_others_are_served(bench, monkeypa
     for job in known:
         assert bench.wait(job).state == "succeeded"
     assert {bench.store.get(job.id).state for job in new} == {"running"} and compiled[1:] == [new[0].id]
-    assert engine.live(bench.store.get(new[0].id))[0].stage == "text"  # "compile" from when it really does
+    assert engine.live(bench.store.get(new[0].id))[0].stage == "compile"
     bench.store.cancel(new[1].id)
     engine.notice()
     bench.wait_for(lambda: engine._runs[new[1].id].cancelled)
