@@ -83,13 +83,12 @@ def random_model(task: dict[str, Any], system: SystemConfig, only: tuple[str, ..
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from smartdiff_jax.engine.compilation import keep_executables
-    from smartdiff_jax.engine.loading import _lie_apart, _placement, resolve_dtype
+    from smartdiff_jax.engine.loading import _placement, prepare_denoiser, resolve_dtype
     from smartdiff_jax.engine.planning import _shapes, outline
     from smartdiff_jax.kernels.hopper import import_ahead
     from smartdiff_jax.sharding.mesh import make_mesh
     from smartdiff_jax.sharding.workload import mesh_of_numbers
-    from smartdiff_jax.weights.apart import apart
-    from smartdiff_jax.weights.fp8 import are_fused, require_fp8, to_fp8
+    from smartdiff_jax.weights.fp8 import require_fp8
     from smartdiff_jax.weights.random_init import random_state
 
     keep_executables(system.cache_dir / "executables")
@@ -106,10 +105,8 @@ def random_model(task: dict[str, Any], system: SystemConfig, only: tuple[str, ..
         graphdef, weights = _shapes(architecture, configs[name], dtype, mesh_of_numbers(system.mesh))
         if not only or name in only:
             weights = random_state(architecture, configs[name], dtype, 0, _placement(name, mesh, system.mesh))
-            if name.startswith("transformer") and system.precision == "fp8":
-                graphdef, weights = to_fp8(graphdef, weights, fused=are_fused(mesh))
-            if name.startswith("transformer") and _lie_apart(family, system):
-                weights = apart(weights)
+            if name.startswith("transformer"):
+                graphdef, weights = prepare_denoiser(graphdef, weights, family, system, mesh)
             jax.block_until_ready(weights)
         parts[name] = graphdef, weights
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, WORD: 2}, "[UNK]"))

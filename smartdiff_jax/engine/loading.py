@@ -132,10 +132,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         place = at_rest(_placement(name, mesh, system.mesh), system.residency)
         graphdef, state = _load_component(architecture, configs[name], component, dtype, place, store)
         if name.startswith("transformer"):
-            if system.precision == "fp8":
-                graphdef, state = to_fp8(graphdef, state, fused=are_fused(mesh))
-            if _lie_apart(family, system):
-                state = apart(state)
+            graphdef, state = prepare_denoiser(graphdef, state, family, system, mesh)
         components[name] = graphdef, state
     if ("transformer_2" in components) != (spec.sampling.boundary is not None):
         raise CheckpointError(
@@ -205,6 +202,13 @@ def _placement(component: str, mesh: Mesh, config: MeshConfig) -> ShardingFor:
     if component.startswith("text_encoder"):
         return weight_sharding(mesh, tensor=("ring", "ulysses", "tensor", "cfg"))
     return weight_sharding(mesh, tensor=())
+
+
+def prepare_denoiser(graphdef: Any, weights: Any, family: Family, system: SystemConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """A denoiser's weights in the precision and the shape that they are run in."""
+    if system.precision == "fp8":
+        graphdef, weights = to_fp8(graphdef, weights, fused=are_fused(mesh))
+    return graphdef, apart(weights) if _lie_apart(family, system) else weights
 
 
 def _lie_apart(family: Family, system: SystemConfig) -> bool:

@@ -5,6 +5,7 @@ for that alone, the device waits for.
 """
 
 import concurrent.futures
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 
@@ -12,6 +13,8 @@ from smartdiff_jax.config.request import ResolvedParams
 from smartdiff_jax.engine.pipeline import Pipeline
 from smartdiff_jax.engine.run import Run
 from smartdiff_jax.stages.base import Progress
+
+log = logging.getLogger("smartdiff")
 
 
 class Shapes:
@@ -42,7 +45,10 @@ class Shapes:
         except Exception as error:
             failed = error
         run.compiling = False
-        then(run, failed)
+        try:
+            then(run, failed)
+        except Exception:  # nobody asks what the thread has to say
+            log.exception("%s was compiled and cannot go on", run.job.id)
 
     def stop(self) -> None:
         """What waits is given up; what is being compiled cannot be."""

@@ -20,6 +20,9 @@ from jaxtyping import Array, Float, Float8e4m3fn
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
+MULTIPLE = 16
+"""cuBLAS, and tensor cores, take 8 bits only where every size divides by it."""
+
 SMALLEST = 1e-12
 """Largest number of a row or a feature of zeros."""
 

@@ -15,8 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from smartdiff_jax.kernels.fp8 import FP8_MAX
+from smartdiff_jax.kernels.fused_rows import chunks_of
 from smartdiff_jax.kernels.hopper import LOG2E
-from smartdiff_jax.kernels.quantize import FP8_MAX, TINY, Quantized, mean_of_some
+from smartdiff_jax.kernels.quantize import TINY, Quantized, mean_of_some
 
 plt: Any = triton
 """Its types say less than it takes."""
@@ -80,7 +82,7 @@ def _keys(
         head, tile, batch = (pl.program_id(i) for i in range(3))
         length, mean = lengths_in[batch], shared_in[batch, head]
         parts = []
-        for at, size in _powers(block):
+        for at, size in chunks_of(block):
             rows, here = tile * block + at + jnp.arange(size), pl.ds(tile * block + at, size)
             x = _load(k_in, (batch, here, head), rows < t, d) - mean[None]
             parts.append((rows, here, jnp.where((rows < length)[:, None], x, 0.0)))
@@ -158,15 +160,6 @@ def _store(ref: Any, at: tuple[Any, ...], exists: Array, x: Array) -> None:
 
 def _int8(x: Array) -> Array:
     return jnp.floor(x + 0.5).astype(jnp.int8)
-
-
-def _powers(size: int) -> list[tuple[int, int]]:
-    """(first, size) of powers of two that fill it, as Triton has them."""
-    found, at = [], 0
-    while at < size:
-        found.append((at, 1 << ((size - at).bit_length() - 1)))
-        at += found[-1][1]
-    return found
 
 
 def _up(size: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
 """Rows of 8 bits in one pass over what they are made of, in Pallas for Triton: each program makes one row.
 
 XLA reads the products twice, once for the largest number of a row and once for the row, and an activation is computed twice.
-Measured on an H100 (docs/kernels.md): a row of norm 84 instead of 148 us at 32,760 x 1,536.
+What a first version of it gave on an H100 is in docs/kernels.md.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from smartdiff_jax.kernels.fp8 import FP8, FP8_MAX, SMALLEST, Columns, Part, Rows
+from smartdiff_jax.kernels.fp8 import FP8, FP8_MAX, MULTIPLE, SMALLEST, Columns, Part, Rows
 
 plt: Any = triton
 """Its types say less than it takes."""
@@ -26,18 +26,15 @@ CHUNK = 1024
 NUM_WARPS, WIDE = 4, 8192
 """Of a program; twice as many for rows from WIDE on."""
 
-ROW_MULTIPLE = 16
-"""cuBLAS multiplies 8 bits only where every size divides by it."""
-
 
 def join_rows(parts: Sequence[Part], interpret: bool = False) -> Rows:
-    """As fp8.join_rows; rows are padded to ROW_MULTIPLE, and what is behind them is not written."""
+    """As fp8.join_rows; rows are padded to MULTIPLE, and what is behind them is not written."""
     operands = _Operands()
     loads = [[_loader(columns, operands) for columns in part.columns] for part in parts]
 
     def row(refs: Sequence[Any]) -> Iterator[Array]:
         for part, of_part in zip(parts, loads, strict=True):
-            for at, size in _chunks(part.columns[0].size):
+            for at, size in chunks_of(part.columns[0].size):
                 numbers = [load(refs, at, size) for load in of_part]
                 yield numbers[0] if part.activation is None else part.activation(*numbers)
 
@@ -55,7 +52,7 @@ def norm_rows(
     of_shift, of_scale = (operands.add(jnp.broadcast_to(m, (lead[0], 1, width)), lambda i: i // tokens) for m in (shift, scale))
 
     def row(refs: Sequence[Any]) -> Iterator[Array]:
-        chunks = list(_chunks(width))
+        chunks = list(chunks_of(width))
         numbers = [_load(refs[of_x], at, size) for at, size in chunks]
         mean = _over(numbers, jnp.add, jnp.sum) / width
         centred = [c - mean for c in numbers]
@@ -75,7 +72,7 @@ def _make(
 ) -> Rows:
     """row: references of the operands to a row's numbers, chunk by chunk."""
     number = math.prod(lead)
-    padded = pl.cdiv(number, ROW_MULTIPLE) * ROW_MULTIPLE
+    padded = pl.cdiv(number, MULTIPLE) * MULTIPLE
 
     def body(*refs: Any) -> None:
         *sources, values, scale = refs
@@ -99,7 +96,7 @@ def _make(
     return Rows(values, scale, lead)
 
 
-def _chunks(width: int) -> Iterator[tuple[int, int]]:
+def chunks_of(width: int) -> Iterator[tuple[int, int]]:
     """(first, size) of each: powers of two, as Triton has them, that fill the width."""
     at = 0
     while at < width:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float8e4m3fn, Int, Int8
 
+from smartdiff_jax.kernels.fp8 import FP8_MAX
 from smartdiff_jax.kernels.hopper import LOG2E
 
 SAMPLE = 16
 """Of so many tokens one is looked at for what keys share."""
 
-FP8_MAX = 448.0
 TINY = 1e-9
 """Smallest scale, for rows of zeros."""
 
@@ -46,7 +46,7 @@ def quantize(
     block: int,
     order: np.ndarray,
 ) -> Quantized:
-    """block: keys that have one scale. order: of every 16 tokens of values, `order[i]` comes to i. s and t must divide by 8."""
+    """block: keys that have one scale. order: of every 16 tokens of values, `order[i]` comes to i."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     if kv_length is not None:
         counts = (jnp.arange(k.shape[1]) < kv_length[:, None])[:, :, None, None]

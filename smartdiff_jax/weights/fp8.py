@@ -15,14 +15,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.fp8 import quantize_kernel
+from smartdiff_jax.kernels.fp8 import MULTIPLE, quantize_kernel
 from smartdiff_jax.models.linear import Linear
 from smartdiff_jax.sharding.weights import is_stacked
 from smartdiff_jax.weights.residency import DEVICE
 from smartdiff_jax.weights.stream import dotted
-
-MULTIPLE = 16
-"""Tensor cores take 8 bits in sizes that divide by it."""
 
 COMPUTE_CAPABILITY = 8.9
 """Ada and Hopper, and what comes after, multiply fp8."""

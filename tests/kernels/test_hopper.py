@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh
 
 from smartdiff_jax.errors import Unsupported
 from smartdiff_jax.kernels import ATTENTION, DIFFERENTIABLE, PREFERENCE, hopper, pallas_flash, pallas_sage
-from smartdiff_jax.kernels.quantize import FP8_MAX, quantize
+from smartdiff_jax.kernels.fp8 import FP8_MAX
+from smartdiff_jax.kernels.quantize import quantize
 
 needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 

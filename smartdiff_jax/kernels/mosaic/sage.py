@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from smartdiff_jax.kernels.fp8 import FP8_MAX
 from smartdiff_jax.kernels.hopper import LOG2E
 from smartdiff_jax.kernels.mosaic.warpgroups import (
     COMPUTING,
@@ -30,7 +31,7 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     swizzled,
     to_fp8,
 )
-from smartdiff_jax.kernels.quantize import FP8_MAX, Quantized
+from smartdiff_jax.kernels.quantize import Quantized
 
 BLOCK = 192
 """Keys at a time, and keys with one scale; 128 is 5 to 9 % slower on an H100, 256 does not fit its registers."""
