@@ -8,7 +8,8 @@
     RUN/NAME.yaml                          what `config/models` says of it, once it is bundled
 
 A run may be cut into several calls (`call_minutes`): each goes on where the last one stopped. With `finish`, a call ends the
-schedule of the denoiser when its own time ends.
+schedule of the denoiser when its own time ends. Every report of the denoiser writes the bundle as it then is: a run that is cut
+short leaves a model.
 """
 
 import json
@@ -280,6 +281,7 @@ class Run:
                     clips = self.generate(state.average, vae_params, statistics, [text for text, _ in prompts])
                     self._sheet(f"denoiser-{step:06d}", clips, prompts, 8)
                     scorer.submit(clips, prompts, lambda scores: self.log(f"denoiser: step {step}, {scores}"))
+                    self._write(self.out, state.average, vae_params, recipe.bits)
 
                 _, over = run("denoiser", call, state, settings, budget, checkpoints, self.log, report)
                 self.log(f"denoiser: {filler.filled} scenes in the pool, {filler.encoded} encoded in all")
@@ -287,26 +289,32 @@ class Run:
 
     def export(self) -> None:
         """Write the bundle (in the recipe's bits) and the snapshot (bfloat16) from the newest averages."""
-        recipe, statistics, params = self.recipe, self._statistics(), self._average("denoiser")
-        numbers = recipe.vae | {"latents_mean": statistics.mean, "latents_std": statistics.std}
-        trained = {
-            "vae": (self._component("vae", numbers), self._average("autoencoder")),
-            "transformer": (self.transformer, flow_matching.part_of(params, TRANSFORMER)),
-            "text_encoder": (self.text_encoder, flow_matching.part_of(params, TEXT_ENCODER)),
-        }
-        numbers = {name: count(part) for name, (_, part) in trained.items()}
-        self._note_scores({"parameters": numbers, "subjects": len(self.captioner.atlas.names)})
-        self.log(f"export: parameters {numbers}")
+        recipe, params, vae_params = self.recipe, self._average("denoiser"), self._average("autoencoder")
         for folder, bits in ((self.out, recipe.bits), (self.folder / "snapshot", BFLOAT16)):
-            size = export(
-                folder, recipe.served_by, trained, self.tokenizer, recipe.text.max_length,
-                recipe.denoiser.shift, self._card(), bits,
-            )  # fmt: skip
-            self.log(f"export: {folder}, {size / 1e6:.2f} MB of weights in {bits} bits")
+            numbers = self._write(folder, params, vae_params, bits)
+        self.log(f"export: parameters {numbers}")
         spec = recipe.spec(sum(numbers.values())).model_dump(mode="json", exclude_defaults=True)
         file = self.folder / f"{recipe.name}.yaml"
         file.write_text(yaml.safe_dump(spec, sort_keys=False, width=128, default_flow_style=False))
         self.log(f"export: {file}")
+
+    def _write(self, folder: Path, params: Params, vae_params: Params, bits: int) -> dict[str, int]:
+        """Write one folder of the model; returns how many parameters its components have."""
+        recipe, statistics = self.recipe, self._statistics()
+        numbers = recipe.vae | {"latents_mean": statistics.mean, "latents_std": statistics.std}
+        trained = {
+            "vae": (self._component("vae", numbers), vae_params),
+            "transformer": (self.transformer, flow_matching.part_of(params, TRANSFORMER)),
+            "text_encoder": (self.text_encoder, flow_matching.part_of(params, TEXT_ENCODER)),
+        }
+        parameters = {name: count(part) for name, (_, part) in trained.items()}
+        self._note_scores({"parameters": parameters, "subjects": len(self.captioner.atlas.names)})
+        size = export(
+            folder, recipe.served_by, trained, self.tokenizer, recipe.text.max_length,
+            recipe.denoiser.shift, self._card(), bits,
+        )  # fmt: skip
+        self.log(f"export: {folder}, {size / 1e6:.2f} MB of weights in {bits} bits")
+        return parameters
 
     def evaluate(self) -> None:
         """Score the exported bundle, as it will be loaded, and write the scores into its card."""
