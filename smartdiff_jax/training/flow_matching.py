@@ -10,7 +10,7 @@ What made earlier small models deaf to their text is avoided in how each family 
 reaches every block from the first step at full scale, and the text encoder is given the order of words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -91,9 +91,10 @@ def draw_sigmas(key: Array, n: int, mean: float, std: float, shift: float) -> Fl
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def make_optimizer(settings: DenoiserSettings) -> Optimizer:
-    """The optimizer of this stage."""
-    return Optimizer(settings.weight_decay, settings.gamma, {EMBEDDING: settings.embedding_lr_scale}, settings.muon)
+def make_optimizer(settings: DenoiserSettings, rates: Mapping[str, float]) -> Optimizer:
+    """The optimizer of this stage. rates: of the family, see `Trainee`."""
+    rates = {EMBEDDING: settings.embedding_lr_scale, **rates}
+    return Optimizer(settings.weight_decay, settings.gamma, rates, settings.muon)
 
 
 def make_call(
@@ -101,6 +102,7 @@ def make_call(
     text_encoder: Component,
     source: TextSource,
     settings: DenoiserSettings,
+    optimizer: Optimizer,
     ropes: tuple[Rope, Rope | None],
     seed: int,
     devices: Devices,
@@ -111,7 +113,7 @@ def make_call(
     source: of the text. ropes: rotary tables of the tokens, and of the text where it has positions. devices: each draws its
     part of a batch from its own part of the pool.
     """
-    optimizer, attend, batch = make_optimizer(settings), attend_with(settings.attention), settings.batch_size
+    attend, batch = attend_with(settings.attention), settings.batch_size
     rope, text_rope = jax.tree.map(lambda table: jnp.asarray(table)[None], ropes)
 
     def loss(params: Params, data: Array, ids: Array, key: Array) -> Array:

@@ -242,8 +242,9 @@ class Run:
         statistics, vae_params = self._statistics(), self._average("autoencoder")
         source = family.text[0]
         ropes = family.rope(self.transformer.config, self.grid, recipe.text.max_length - source.skip, 0)
+        optimizer = flow_matching.make_optimizer(settings, recipe.trainee.rates(self.text_encoder.config))
         compiled = flow_matching.make_call(
-            self.transformer, self.text_encoder, source, settings, ropes, recipe.seed, self.devices
+            self.transformer, self.text_encoder, source, settings, optimizer, ropes, recipe.seed, self.devices
         )  # fmt: skip
         packed, encoder = jax.jit(jax.vmap(self._patches.pack)), self.devices.replicate(vae_params)
         batch = recipe.autoencoder.batch_size
@@ -253,7 +254,6 @@ class Run:
             return packed(self.codec.encode(encoder, self.bank, scenes, statistics))
 
         with self._checkpoints("denoiser") as checkpoints, Scorer(self.world) as scorer:
-            optimizer = flow_matching.make_optimizer(settings)
             state, budget = self._start(checkpoints, settings, optimizer, self._first_weights, self._finish)
             if budget.fraction(int(state.step)) >= 1:
                 return True

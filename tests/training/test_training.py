@@ -274,7 +274,7 @@ def test_two_devices_take_the_steps_of_one(toy_recipe, captioner, tmp_path):
         state = devices.replicate(Plain().init(training._first_vae()))
         state, first = encode(state, np.float32(0.1), devices.replicate(training.bank), scenes)
         make = flow_matching.make_call
-        denoise = make(training.transformer, training.text_encoder, source, denoising, ropes, 1, devices)
+        denoise = make(training.transformer, training.text_encoder, source, denoising, Plain(), ropes, 1, devices)
         pool = Pool.empty(2 * count, (16, 16), 2, 60, devices)
         parts = (np.concatenate([whole] * count, 1) for whole in (latents, text))
         pool = putter(devices)(pool, *parts, np.int32(0))
@@ -282,9 +282,7 @@ def test_two_devices_take_the_steps_of_one(toy_recipe, captioner, tmp_path):
         both, second = denoise(both, np.float32(0.1), pool, np.int32(2))
         return one((state.params, both.params)), float(first), float(second)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow_matching, "make_optimizer", lambda settings: Plain())
-        alone, together = steps(1), steps(2)
+    alone, together = steps(1), steps(2)
     assert together[1:] == pytest.approx(alone[1:], rel=1e-5)
     for mine, theirs, start in zip(together[0], alone[0], (training._first_vae(), training._first_weights()), strict=True):
         for name, value in theirs.items():
@@ -299,6 +297,16 @@ def test_the_text_encoder_starts_by_looking_at_its_neighbours(finished):
     by_offset = bias[0][relative_position_buckets(6, 32, 128)]  # offsets -5 to 5
     assert np.argmax(by_offset[:, 0]) == 4 and np.argmax(by_offset[:, 1]) == 6
     assert np.min(np.max(by_offset, axis=0)) > 3
+
+
+@once
+def test_queries_without_a_scale_learn_as_much_more_slowly(finished):
+    """An eighth of the rate for heads of 64, as if the logits were divided by 8: or they outgrow the positions."""
+    rates = TRAINEES["wan"].rates(finished.text_encoder.config)
+    optimizer = flow_matching.make_optimizer(finished.recipe.denoiser, rates)
+    ((name, rate),) = rates.items()
+    assert rate == finished.text_encoder.config.d_kv ** -0.5
+    assert optimizer.lr_scale[name] == rate and name in finished._average("denoiser")
 
 
 def test_the_causal_text_encoder_starts_by_looking_back():

@@ -73,23 +73,31 @@ class Wording:
     plain: float = 0.8
 
 
+GOING = (
+    "moving", "sliding", "going", "drifting", "gliding", "flying", "rolling", "creeping", "sailing", "racing", "wandering",
+    "driving", "crawling", "running",
+)  # fmt: skip
+"""So many that none of them says anything: where it goes is in the word behind."""
+
+GETTING = ("getting", "growing", "swelling", "turning out", "looking", "ever")
+
 TRAINING = Wording(
     after={
         "left": (
-            "moving left", "moving to the left", "sliding left", "going left", "drifting left", "gliding to the left",
+            *(f"{verb} left" for verb in GOING), *(f"{verb} to the left" for verb in GOING),
             "that moves left", "on its way to the left", "going off to the left",
         ),
         "right": (
-            "moving right", "moving to the right", "sliding right", "going right", "drifting right", "gliding to the right",
+            *(f"{verb} right" for verb in GOING), *(f"{verb} to the right" for verb in GOING),
             "that moves right", "on its way to the right", "going off to the right",
         ),
         "up": (
-            "moving up", "rising", "moving upwards", "floating up", "going up", "that moves up", "climbing upwards",
-            "on its way up",
+            *(f"{verb} up" for verb in GOING), "rising", "moving upwards", "floating up", "that moves up",
+            "climbing upwards", "on its way up", "flying upwards", "drifting upwards",
         ),
         "down": (
-            "moving down", "falling", "moving downwards", "sinking down", "going down", "that moves down", "coming down",
-            "on its way down",
+            *(f"{verb} down" for verb in GOING), "falling", "moving downwards", "sinking down", "that moves down",
+            "coming down", "on its way down", "sinking downwards", "drifting downwards",
         ),
         "clockwise": (
             "spinning clockwise", "rotating clockwise", "turning clockwise", "going round clockwise", "that spins clockwise",
@@ -100,9 +108,13 @@ TRAINING = Wording(
             "turning counterclockwise", "going round anticlockwise", "that spins counterclockwise",
             "in an anticlockwise spin",
         ),
-        "grow": ("growing", "zooming in", "getting bigger", "growing larger", "that grows", "growing bigger", "coming closer"),
+        "grow": (
+            "growing", "zooming in", "growing larger", "that grows", "coming closer", "bigger and bigger",
+            *(f"{verb} bigger" for verb in GETTING),
+        ),
         "shrink": (
-            "shrinking", "zooming out", "getting smaller", "that shrinks", "shrinking down", "growing smaller", "going away",
+            "shrinking", "zooming out", "that shrinks", "shrinking down", "going away", "smaller and smaller",
+            *(f"{verb} smaller" for verb in GETTING),
         ),
         "bounce": (
             "bouncing", "jumping", "hopping", "bouncing up and down", "that bounces", "jumping around", "hopping about",
@@ -114,7 +126,8 @@ TRAINING = Wording(
         ),
         "still": (
             "standing still", "not moving", "motionless", "that does not move", "without any motion", "keeping still",
-            "at rest",
+            "at rest", "sitting still", "holding still", "not moving at all", "never moving", "without motion",
+            "without going anywhere", "without a move",
         ),
         "animated": ("animated", "in motion", "coming alive", "that comes alive", "in its own motion", "full of life"),
     },

@@ -25,6 +25,7 @@ class Trainee:
     text_width: the transformer's field, and the text encoder's, that must hold the same number.
     tokenizer: how text is cut. text: a caption to what is tokenized, equal to what the pipeline makes of the same caption.
     start: (fresh parameters of both under their prefixes, transformer, text encoder, seed) to what training starts from.
+    rates: (text encoder's config) to the parameters of either that learn at another rate, and how many times the rate.
     forward_flops: (transformer's config, tokens, text tokens) to multiply-adds of one forward pass of one sample.
     classes: by component, the library, the class and the stem of the weights' file in a diffusers folder.
     layouts: by component, from its config.
@@ -41,6 +42,7 @@ class Trainee:
     layouts: Mapping[str, Callable[[Any], Layout]]
     config_fields: Callable[[str, Any], dict[str, Any]]
     scheduler: Callable[[float], dict[str, Any]]
+    rates: Callable[[Any], Mapping[str, float]] = lambda config: {}
 
 
 def transposed(config: Any) -> Layout:
