@@ -68,5 +68,11 @@ def mean(tree: T) -> T:
 
 
 def one(tree: T) -> T:
-    """The first device's copy of what is on all of them: what is sampled from, and saved, needs one."""
-    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, tree)
+    """The first device's copy of what is on all of them: what is sampled from, and saved, needs one. It belongs to no mesh, or
+    the one of sampling would meet that of training in one program."""
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        (device, *_) = sorted(leaf.devices(), key=lambda device: device.id)
+        return jax.device_put(leaf.addressable_shards[0].data, device)
+
+    return jax.tree.map(copy, tree)
