@@ -54,9 +54,9 @@ def norm_rows(
     def row(refs: Sequence[Any]) -> Iterator[Array]:
         chunks = list(chunks_of(width))
         numbers = [_load(refs[of_x], at, size) for at, size in chunks]
-        mean = _over(numbers, jnp.add, jnp.sum) / width
+        mean = over(numbers, jnp.add, jnp.sum) / width
         centred = [c - mean for c in numbers]
-        by = jax.lax.rsqrt(_over([c * c for c in centred], jnp.add, jnp.sum) / width + eps)
+        by = jax.lax.rsqrt(over([c * c for c in centred], jnp.add, jnp.sum) / width + eps)
         for (at, size), c in zip(chunks, centred, strict=True):
             yield c * by * (1 + _load(refs[of_scale], at, size)) + _load(refs[of_shift], at, size)
 
@@ -77,7 +77,7 @@ def _make(
     def body(*refs: Any) -> None:
         *sources, values, scale = refs
         chunks = list(row(sources))
-        largest = jnp.maximum(_over([jnp.abs(numbers) for numbers in chunks], jnp.maximum, jnp.max), SMALLEST)
+        largest = jnp.maximum(over([jnp.abs(numbers) for numbers in chunks], jnp.maximum, jnp.max), SMALLEST)
         scale[...] = jnp.broadcast_to(largest * (1 / FP8_MAX), (1,))
         by, at = FP8_MAX / largest, 0
         for numbers in chunks:
@@ -105,7 +105,7 @@ def chunks_of(width: int) -> Iterator[tuple[int, int]]:
         at += size
 
 
-def _over(chunks: Sequence[Array], both: Callable[[Array, Array], Array], all_of: Callable[[Array], Array]) -> Array:
+def over(chunks: Sequence[Array], both: Callable[[Array, Array], Array], all_of: Callable[[Array], Array]) -> Array:
     """A row's sum, or largest: within threads first, across them once for each size of chunks."""
     of_size: dict[int, Array] = {}
     for chunk in chunks:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator, model_validator
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.kernels.fp8 import Columns, Part
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
@@ -36,7 +36,8 @@ from smartdiff_jax.models.layers import (
 from smartdiff_jax.models.linear import MLP, Features, Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.rope import apply_rope, axial_rope_table
+from smartdiff_jax.models.rope import axial_rope_table
+from smartdiff_jax.models.turn import Unturned
 
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
 Streams = tuple[Float[Array, "b s d"], Float[Array, "b l d"]]
@@ -160,15 +161,9 @@ class Flux1QKV(nnx.Module):
         self.q_norm = RMSNorm(head_dim, eps=EPS, dtype=dtype)
         self.k_norm = RMSNorm(head_dim, eps=EPS, dtype=dtype)
 
-    def __call__(self, x: Features, rope: Rope | None) -> QKV:
-        q, k, v = (self._heads(projection(x)) for projection in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is None:
-            return QKV(q.astype(v.dtype), k.astype(v.dtype), v)
-        return QKV(apply_rope(q, rope, v.dtype), apply_rope(k, rope, v.dtype), v)
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+    def __call__(self, x: Features, rope: Rope | None) -> Unturned:
+        q, k, v = (projection.product(x) for projection in (self.q, self.k, self.v))
+        return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
 
 class Flux1Stream(nnx.Module):
@@ -186,7 +181,7 @@ class Flux1Stream(nnx.Module):
         pieces = self.modulation(temb)
         return Modulation(*pieces[:3]), Modulation(*pieces[3:])
 
-    def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope | None) -> QKV:
+    def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope | None) -> Unturned:
         return self.qkv(modulated_norm_into(self.qkv.q, x, modulation.shift, modulation.scale, EPS), rope)
 
     def after_attention(
@@ -211,7 +206,7 @@ class Flux1DoubleBlock(nnx.Module):
             of_tokens, of_text = self.image.modulations(context.temb), self.text.modulations(context.temb)
         with jax.named_scope("joint_attention"):
 
-            def streams() -> tuple[QKV, QKV]:
+            def streams() -> tuple[Unturned, Unturned]:
                 return (
                     self.image.before_attention(tokens, of_tokens[0], context.rope),
                     self.text.before_attention(text, of_text[0], None),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.kernels.fp8 import Columns, Part, Product
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
@@ -36,7 +36,8 @@ from smartdiff_jax.models.layers import (
 from smartdiff_jax.models.linear import Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.rope import apply_rope, axial_rope_table
+from smartdiff_jax.models.rope import axial_rope_table
+from smartdiff_jax.models.turn import Unturned
 
 Streams = tuple[Float[Array, "b s d"], Float[Array, "b l d"]]
 Table = tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]
@@ -178,16 +179,15 @@ class Flux2Modulation(nnx.Module):
 
 
 class Flux2HeadNorm(nnx.Module):
-    """Queries and keys normed head by head, then turned."""
+    """The norms of queries and keys, head by head; then they are turned."""
 
     def __init__(self, config: Flux2Config, dtype: DTypeLike):
         self.num_heads = config.num_attention_heads
         self.q = RMSNorm(config.attention_head_dim, eps=config.eps, dtype=dtype)
         self.k = RMSNorm(config.attention_head_dim, eps=config.eps, dtype=dtype)
 
-    def __call__(self, q: Float[Array, "b n d"], k: Float[Array, "b n d"], v: Float[Array, "b n d"], rope: Rope) -> QKV:
-        q, k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in (q, k, v))
-        return QKV(apply_rope(self.q(q), rope, v.dtype), apply_rope(self.k(k), rope, v.dtype), v)
+    def __call__(self, q: Columns, k: Columns, v: Columns, rope: Rope) -> Unturned:
+        return Unturned.of(self.num_heads, rope, (q, self.q), (k, self.k), (v, None))
 
 
 class Flux2Stream(nnx.Module):
@@ -204,9 +204,10 @@ class Flux2Stream(nnx.Module):
         self.feed_forward_in = Linear(dim, 2 * config.mlp_dim, rngs, dtype=dtype, use_bias=False)
         self.feed_forward_out = Linear(config.mlp_dim, dim, rngs, dtype=dtype, use_bias=False)
 
-    def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> QKV:
+    def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> Unturned:
         y = modulated_norm_into(self.q, x, modulation.shift, modulation.scale, self.eps)
-        return self.norm(self.q(y), self.k(y), self.v(y), rope)
+        q, k, v = (Columns(layer.product(y)) for layer in (self.q, self.k, self.v))
+        return self.norm(q, k, v, rope)
 
     def after_attention(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], attention: Modulation, feed_forward: Modulation
@@ -230,7 +231,7 @@ class Flux2DoubleBlock(nnx.Module):
         of_tokens, of_text = _modulations(context.image), _modulations(context.text)
         with jax.named_scope("joint_attention"):
 
-            def streams() -> tuple[QKV, QKV]:
+            def streams() -> tuple[Unturned, Unturned]:
                 return (
                     self.image.before_attention(tokens, of_tokens[0], context.rope),
                     self.text.before_attention(text, of_text[0], context.text_rope),
@@ -264,11 +265,11 @@ class Flux2SingleBlock(nnx.Module):
         tokens = self._after_attention(tokens, attended[0], tokens_product, modulation)
         return tokens, self._after_attention(text, attended[1], text_product, modulation)
 
-    def _before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> tuple[QKV, Product]:
+    def _before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> tuple[Unturned, Product]:
         """Queries, keys and values, and what they were made with, behind which goes into the feed-forward's activation."""
-        dim, dtype = x.shape[-1], x.dtype
+        dim = x.shape[-1]
         product = self.inputs.product(modulated_norm_into(self.inputs, x, modulation.shift, modulation.scale, self.eps))
-        q, k, v = (Columns(product, at * dim, dim).array(dtype) for at in range(3))
+        q, k, v = (Columns(product, at * dim, dim) for at in range(3))
         return self.norm(q, k, v, rope), product
 
     def _after_attention(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.layers import scan_blocks
+from smartdiff_jax.models.turn import Unturned, is_fused, joined, turned
 
 T = TypeVar("T")
 Out = Any
@@ -40,7 +41,7 @@ def module(attend: Attend, name: Module, compute: Callable[[], T]) -> T:
     return attend.module(name, compute) if isinstance(attend, _BlockAttend) else compute()
 
 
-def joint_attention(attend: Attend, streams: Callable[[], tuple[QKV, QKV]], text_length: Any) -> tuple[Any, Any]:
+def joint_attention(attend: Attend, streams: Callable[[], tuple[Unturned, Unturned]], text_length: Any) -> tuple[Any, Any]:
     """The module in which picture and text meet: what both attended to, heads side by side, each [b n d].
 
     streams: their queries, keys and values, computed only if the module is.
@@ -49,18 +50,23 @@ def joint_attention(attend: Attend, streams: Callable[[], tuple[QKV, QKV]], text
     def attended():
         tokens, text = streams()
         with jax.named_scope("attention"):
-            out = attend.joint_attention(tokens, text, text_length=text_length)
-        return side_by_side(out[0]), side_by_side(out[1])
+            both, size = joined(attend, tokens, text), tokens.tokens
+            if both is None:
+                pair = QKV(*turned(attend, tokens)), QKV(*turned(attend, text))
+                out = attend.joint_attention(*pair, text_length=text_length)
+                return side_by_side(out[0]), side_by_side(out[1])
+            out = attend.text_attention(both, text_length=None if text_length is None else size + text_length)
+            return side_by_side(out[:, :size]), side_by_side(out[:, size:])
 
     return module(attend, "joint_attention", attended)
 
 
-def joined_attention(attend: Attend, stream: Callable[[], QKV], length: Any) -> Float[Array, "b n d"]:
+def joined_attention(attend: Attend, stream: Callable[[], Unturned], length: Any) -> Float[Array, "b n d"]:
     """The same module where picture and text, in this order, are one stream. length: int32 [b], what of it counts, or None."""
 
     def attended():
         with jax.named_scope("attention"):
-            return side_by_side(attend.text_attention(stream(), text_length=length))
+            return side_by_side(attend.text_attention(QKV(*turned(attend, stream())), text_length=length))
 
     return module(attend, "joint_attention", attended)
 
@@ -86,6 +92,10 @@ class _Wrapped:
     @property
     def whole(self):
         return self._attend.whole
+
+    @property
+    def fused(self):
+        return is_fused(self._attend)
 
     def self_attention(self, tokens):
         return self._attend.self_attention(tokens)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator, model_validator
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.base import Attend
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import (
     Modulation,
@@ -35,7 +35,7 @@ from smartdiff_jax.models.layers import (
 from smartdiff_jax.models.linear import MLP, Linear
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.rope import apply_rope
+from smartdiff_jax.models.turn import Unturned
 
 # Constants of the architecture, which upstream's configuration does not hold.
 EPS = 1e-6
@@ -157,10 +157,10 @@ class QwenImageStream(nnx.Module):
         pieces = jnp.split(self.modulation(time).astype(jnp.float32)[:, None], 6, axis=-1)
         return Modulation(*pieces[:3]), Modulation(*pieces[3:])
 
-    def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> QKV:
+    def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> Unturned:
         x = modulated_norm_into(self.q, hidden, modulation.shift, modulation.scale, EPS)
-        q, k, v = (layer(x).reshape(*hidden.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
+        q, k, v = (layer.product(x) for layer in (self.q, self.k, self.v))
+        return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
     def update(
         self,
@@ -185,7 +185,7 @@ class QwenImageBlock(nnx.Module):
             of_image, of_text = self.image.modulations(context.time), self.text.modulations(context.time)
         with jax.named_scope("joint_attention"):
 
-            def streams() -> tuple[QKV, QKV]:
+            def streams() -> tuple[Unturned, Unturned]:
                 return (
                     self.image.qkv(tokens, of_image[0], context.rope),
                     self.text.qkv(text, of_text[0], context.text_rope),

@@ -36,7 +36,8 @@ from smartdiff_jax.models.layers import (
 from smartdiff_jax.models.linear import MLP, Features, Linear
 from smartdiff_jax.models.modules import module, scan_attending
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.rope import apply_rope, axial_rope_table
+from smartdiff_jax.models.rope import axial_rope_table
+from smartdiff_jax.models.turn import Unturned, turned
 
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
 Table = tuple[Float[np.ndarray, "s r"], Float[np.ndarray, "s r"]]
@@ -133,26 +134,22 @@ class WanAttention(nnx.Module):
         self.k_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
 
     def self_attention(self, x: Features, attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
-        q, k, v = self._qkv(x, x)
+        q, k, v = (layer.product(x) for layer in (self.q, self.k, self.v))
         with jax.named_scope("attention"):
-            tokens = QKV(apply_rope(q, rope, v.dtype), apply_rope(k, rope, v.dtype), v)
-            out = attend.self_attention(tokens)
+            stream = Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
+            out = attend.self_attention(QKV(*turned(attend, stream)))
         return self.out(out.reshape(*out.shape[:2], -1))
 
     def cross_attention(
         self, x: Features, text: Float[Array, "b l d"], attend: Attend, text_length: Int[Array, " b"] | None
     ) -> Float[Array, "b s d"]:
-        q, k, v = self._qkv(x, self.k.take(text))
+        taken = self.k.take(text)
+        q, k, v = self.q.product(x), self.k.product(taken), self.v.product(taken)
         with jax.named_scope("attention"):
-            out = attend.cross_attention(q.astype(v.dtype), k.astype(v.dtype), v, text_length=text_length)
+            (q,) = turned(attend, Unturned.of(self.num_heads, None, (q, self.q_norm)))
+            k, v = turned(attend, Unturned.of(self.num_heads, None, (k, self.k_norm), (v, None)))
+            out = attend.cross_attention(q, k, v, text_length=text_length)
         return self.out(out.reshape(*out.shape[:2], -1))
-
-    def _qkv(self, x: Features, source: Features) -> tuple[Array, Array, Array]:
-        v = self._heads(self.v(source))
-        return self._heads(self.q_norm(self.q(x))), self._heads(self.k_norm(self.k(source))), v
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
 
 class WanBlock(nnx.Module):

@@ -35,7 +35,7 @@ from smartdiff_jax.models.layers import RMSNorm, layer_norm, pick_block, stack_b
 from smartdiff_jax.models.linear import MLP, Linear
 from smartdiff_jax.models.modules import joined_attention, joint_attention, module, scan_attending, side_by_side
 from smartdiff_jax.models.patches import Patches
-from smartdiff_jax.models.rope import apply_rope
+from smartdiff_jax.models.turn import Unturned, turned
 
 # Constants of the architecture, which upstream's configuration does not hold.
 MULTIPLE = 32
@@ -228,12 +228,13 @@ class ZImageBlock(nnx.Module):
         time: Float[Array, "b t"],
         attention: Callable[[Callable[[], Any]], tuple[Float[Array, "b _ d"], ...]],
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        """streams, each with its rotary table. attention: takes what gives each one's QKV, returns what each attended to."""
+        """streams, each with its rotary table. attention: takes what gives each one's queries, keys and values, returns what
+        each attended to."""
         with jax.named_scope("modulation"):
             of_attention, of_feed_forward = self.modulations(time)
         with jax.named_scope("attention"):
 
-            def qkv() -> list[QKV]:
+            def qkv() -> list[Unturned]:
                 inputs = [self.attention_input(x, of_attention) for x in streams]
                 return [self._qkv(x, rope) for x, rope in zip(inputs, ropes, strict=True)]
 
@@ -244,10 +245,10 @@ class ZImageBlock(nnx.Module):
             outputs = [self.feed_forward_norm_out(self.feed_forward(x)) for x in inputs]
             return tuple(_add(x, of_feed_forward.gate * y) for x, y in zip(streams, outputs, strict=True))
 
-    def _qkv(self, x: Float[Array, "b n d"], rope: Rope) -> QKV:
+    def _qkv(self, x: Float[Array, "b n d"], rope: Rope) -> Unturned:
         taken = self.q.take(x)
-        q, k, v = (layer(taken).reshape(*x.shape[:-1], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        return QKV(apply_rope(self.q_norm(q), rope, v.dtype), apply_rope(self.k_norm(k), rope, v.dtype), v)
+        q, k, v = (layer.product(taken) for layer in (self.q, self.k, self.v))
+        return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
 
 def _add(x: Float[Array, "b n d"], y: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -268,12 +269,17 @@ class ZImageRefiner(nnx.Module):
         filling, caption = text[:, :size], text[:, size:]
         cos, sin = context.text_rope
 
-        def of_tokens(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
-            return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(*qkv()))),)
+        def ready(qkv: Callable[[], list[Unturned]]) -> QKV:
+            return QKV(*turned(attend, qkv()[0]))
 
-        def of_caption(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
-            length = context.caption_length
-            return (module(attend, "text_attention", lambda: side_by_side(attend.text_attention(*qkv(), text_length=length))),)
+        def of_tokens(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
+            return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(ready(qkv)))),)
+
+        def of_caption(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
+            def attended() -> Array:
+                return side_by_side(attend.text_attention(ready(qkv), text_length=context.caption_length))
+
+            return (module(attend, "text_attention", attended),)
 
         with jax.named_scope("image_refiner"):
             if size:
@@ -388,7 +394,7 @@ class ZImageTransformer(nnx.Module):
         counts = None if length is None else size + length
 
         def one_stream(block: ZImageBlock, hidden: Array, attend: Attend) -> Array:
-            def attention(qkv: Callable[[], list[QKV]]) -> tuple[Array]:
+            def attention(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
                 return (joined_attention(attend, lambda: qkv()[0], counts),)
 
             return block((hidden,), ((cos, sin),), context.time, attention)[0]

@@ -75,11 +75,12 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 class LocalAttend:
     """`Attend` where one device holds everything: the kernel itself.
 
-    Joint attention puts the text behind the picture, so that padded text is the end of the keys.
+    Joint attention puts the text behind the picture, so that padded text is the end of the keys. fused: what is attended to
+    may be made by kernels that know one GPU alone and have no gradient (models/turn.py).
     """
 
-    def __init__(self, kernel: AttentionFn, num_tokens: NumTokens | None = None):
-        self._kernel, self._num_tokens = kernel, num_tokens
+    def __init__(self, kernel: AttentionFn, num_tokens: NumTokens | None = None, *, fused: bool = False):
+        self._kernel, self._num_tokens, self.fused = kernel, num_tokens, fused
 
     @property
     def whole(self) -> bool:
@@ -87,7 +88,7 @@ class LocalAttend:
 
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
-        return LocalAttend(self._kernel, num_tokens)
+        return LocalAttend(self._kernel, num_tokens, fused=self.fused)
 
     def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
         """As `MeshAttend.remote_shapes`, which one device has not."""
@@ -341,7 +342,9 @@ def wrap(
 
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
-    return LocalAttend(kernel) if mesh.size == 1 else MeshAttend(kernel, mesh, ring, text, batch)
+    if mesh.size == 1:
+        return LocalAttend(kernel, fused=jax.default_backend() == "gpu")
+    return MeshAttend(kernel, mesh, ring, text, batch)
 
 
 def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:

@@ -1,0 +1,161 @@
+"""Queries and keys normed and turned by their positions, in one pass over each, in Pallas for Triton; a program a token.
+
+XLA takes two passes or three: a norm, what it gives rounded, the turn; and one more where streams are joined into one sequence.
+A program fetches all that it needs of a token before it writes the first of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.triton as triton
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from smartdiff_jax.kernels.fp8 import Columns
+from smartdiff_jax.kernels.fused_rows import CHUNK, chunks_of, over
+
+plt: Any = triton
+"""Its types say less than it takes."""
+
+NUM_WARPS = 4
+
+Take = Callable[[Sequence[Any]], Any]
+"""References of the kernel's operands to what one of them is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What one stream's arrays are made of.
+
+    columns: of each array, [b, n, h * d]. norms: of each the learned scale of its RMS norm, [d] or over all heads at once
+    [h * d], and what is added to the mean square; None for an array that is taken as it is (values).
+    rope: cosines and sines [b or 1, n, d / 2] of pairs that are interleaved, or None: nothing turns.
+    """
+
+    columns: tuple[Columns, ...]
+    norms: tuple[tuple[Float[Array, " _"], float] | None, ...]
+    rope: tuple[Float[Array, "c n r"], Float[Array, "c n r"]] | None
+
+
+def serves(num_heads: int, width: int) -> bool:
+    """Triton has powers of two: the heads' own width is one, and heads lie side by side in chunks that are."""
+    head_dim = width // num_heads
+    return 16 <= head_dim <= CHUNK and head_dim & (head_dim - 1) == 0
+
+
+def turn(streams: Sequence[Stream], num_heads: int, *, interpret: bool = False) -> tuple[Float[Array, "b n h d"], ...]:
+    """Of each of the streams' arrays one, with the streams behind each other; in the dtype of what goes in.
+
+    What a norm gives is rounded to that dtype before it is turned, as upstream does it; all else is float32.
+    """
+    operands: list[Array] = []
+
+    def operand(x: Array) -> Take:
+        operands.append(x)
+        return lambda refs, at=len(operands) - 1: refs[at]
+
+    first = streams[0].columns[0]
+    batch, width, dtype = first.product.lead[0], first.size, first.product.values.dtype
+    writers, total = [], 0
+    for stream in streams:
+        writers.append(_Writer(stream, total, num_heads, operand))
+        total += writers[-1].tokens
+    taken = len(operands)
+
+    def body(*refs: Any) -> None:
+        token, sample = pl.program_id(0), pl.program_id(1)
+        for writer in writers:
+            here = (token >= writer.first) & (token < writer.first + writer.tokens)
+
+            def write(writer: _Writer = writer) -> None:
+                writer.write(refs[:taken], refs[taken:], token, sample)
+
+            pl.when(here)(write) if len(writers) > 1 else write()
+
+    made = pl.pallas_call(
+        body,
+        grid=(total, batch),
+        out_shape=[jax.ShapeDtypeStruct((batch, total, width), dtype) for _ in streams[0].columns],
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+    )(*operands)
+    return tuple(x.reshape(batch, total, num_heads, -1) for x in made)
+
+
+class _Writer:
+    """What writes a token of one stream, all of its arrays. first: where the stream's tokens begin."""
+
+    def __init__(self, stream: Stream, first: int, num_heads: int, operand: Callable[[Array], Take]):
+        self.first, self.tokens = first, stream.columns[0].product.lead[1]
+        self.width = stream.columns[0].size
+        self.head_dim = self.width // num_heads
+        self.columns = [_Loader(columns, operand) for columns in stream.columns]
+        self.norms = [None if norm is None else (operand(norm[0]), *norm) for norm in stream.norms]
+        self.rope = None if stream.rope is None else [(operand(table), int(table.shape[0] > 1)) for table in stream.rope]
+
+    def write(self, refs: Sequence[Any], outs: Sequence[Any], token: Any, sample: Any) -> None:
+        own = token - self.first
+        raw = [columns.load(refs, sample * self.tokens + own, self.width) for columns in self.columns]
+        rope = None
+        if self.rope is not None:
+            rope = [_load(take(refs), (sample * many, own), 0, self.head_dim // 2) for take, many in self.rope]
+        for columns, numbers, norm, out in zip(self.columns, raw, self.norms, outs, strict=True):
+            chunks = columns.scaled(refs, numbers, self.width)
+            if norm is not None:
+                chunks = self._turned(chunks, norm, refs, rope, out.dtype)
+            for (at, size), chunk in zip(chunks_of(self.width), chunks, strict=True):
+                plt.store(out.at[sample, token, pl.ds(at, size)], chunk.astype(out.dtype))
+
+    def _turned(self, chunks: list[Array], norm: Any, refs: Sequence[Any], rope: Any, dtype: Any) -> Iterator[Array]:
+        take, scale, eps = norm
+        over_all = scale.shape[0] == self.width
+        by = jax.lax.rsqrt(over([x * x for x in chunks], jnp.add, jnp.sum) / self.width + eps) if over_all else None
+        for (at, size), x in zip(chunks_of(self.width), chunks, strict=True):
+            of = _load(take(refs), (), at if over_all else 0, size if over_all else self.head_dim)
+            pair, of = self._pairs(x), self._pairs(of)
+            if not over_all:
+                by = jax.lax.rsqrt(jnp.sum(pair[0] * pair[0] + pair[1] * pair[1], axis=1) / self.head_dim + eps)[:, None]
+            even, odd = ((half * by * scale).astype(dtype) for half, scale in zip(pair, of, strict=True))
+            if rope is not None:
+                even, odd = even.astype(jnp.float32), odd.astype(jnp.float32)
+                cos, sin = (table[None] for table in rope)
+                even, odd = even * cos - odd * sin, odd * cos + even * sin
+            yield jnp.stack([even.astype(dtype), odd.astype(dtype)], axis=-1).reshape(size)
+
+    def _pairs(self, x: Float[Array, " size"]) -> tuple[Float[Array, "heads r"], ...]:
+        return tuple(jnp.unstack(x.reshape(-1, self.head_dim // 2, 2), axis=-1))
+
+
+class _Loader:
+    """What loads a row of a product, and scales it."""
+
+    def __init__(self, columns: Columns, operand: Callable[[Array], Take]):
+        product = columns.product
+        self.first = columns.first
+        self.values = operand(product.values.reshape(-1, product.values.shape[-1]))
+        self.of_row = None if product.row_scale is None else operand(product.row_scale.reshape(-1))
+        self.of_column = None if product.column_scale is None else operand(product.column_scale)
+        self.bias = None if product.row_scale is None or product.bias is None else operand(product.bias)
+
+    def load(self, refs: Sequence[Any], row: Any, width: int) -> tuple[list[Array], Any]:
+        scale = None if self.of_row is None else self.of_row(refs)[row]
+        values = self.values(refs)
+        return [plt.load(values.at[row, pl.ds(self.first + at, size)]) for at, size in chunks_of(width)], scale
+
+    def scaled(self, refs: Sequence[Any], numbers: tuple[list[Array], Any], width: int) -> list[Array]:
+        chunks, scale = numbers
+        chunks = [x.astype(jnp.float32) for x in chunks]
+        if self.of_column is None:
+            return chunks
+        for i, (at, size) in enumerate(chunks_of(width)):
+            chunks[i] = chunks[i] * scale * _load(self.of_column(refs), (), self.first + at, size)
+            if self.bias is not None:
+                chunks[i] = chunks[i] + _load(self.bias(refs), (), self.first + at, size)
+        return chunks
+
+
+def _load(ref: Any, at: tuple[Any, ...], first: int, size: int) -> Array:
+    return plt.load(ref.at[*at, pl.ds(first, size)]).astype(jnp.float32)
