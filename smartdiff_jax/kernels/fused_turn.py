@@ -113,9 +113,9 @@ class _Writer:
         take, scale, eps = norm
         over_all = scale.shape[0] == self.width
         by = jax.lax.rsqrt(over([x * x for x in chunks], jnp.add, jnp.sum) / self.width + eps) if over_all else None
+        of_head = None if over_all else self._pairs(_load(take(refs), (), 0, self.head_dim))
         for (at, size), x in zip(chunks_of(self.width), chunks, strict=True):
-            of = _load(take(refs), (), at if over_all else 0, size if over_all else self.head_dim)
-            pair, of = self._pairs(x), self._pairs(of)
+            pair, of = self._pairs(x), of_head or self._pairs(_load(take(refs), (), at, size))
             if not over_all:
                 by = jax.lax.rsqrt(jnp.sum(pair[0] * pair[0] + pair[1] * pair[1], axis=1) / self.head_dim + eps)[:, None]
             even, odd = ((half * by * scale).astype(dtype) for half, scale in zip(pair, of, strict=True))

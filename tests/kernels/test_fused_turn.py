@@ -109,9 +109,9 @@ def test_picture_and_text_are_joined(interpreted, kind, dtype, text, text_length
     length = None if text_length is None else jnp.array(text_length, jnp.int32)
     outs = [modules.joint_attention(attend, lambda: (tokens, of_text), length) for attend in (fused, plain)]
     for out, wanted in zip(*outs, strict=True):
-        np.testing.assert_allclose(
-            *(np.asarray(x, np.float32) for x in (out, wanted)), atol=1e-5 if dtype == jnp.float32 else 0.03
-        )
+        out, wanted = (np.asarray(x, np.float32) for x in (out, wanted))
+        # keys that differ in a last bit of bfloat16 move weights by as much
+        np.testing.assert_allclose(out, wanted, atol=np.abs(wanted).max() * (1e-6 if dtype == jnp.float32 else 2**-6))
 
 
 def test_what_is_left_to_xla(interpreted):
