@@ -34,7 +34,7 @@ from smartdiff_jax.models.layers import (
     timestep_embedding,
 )
 from smartdiff_jax.models.linear import MLP, Features, Linear
-from smartdiff_jax.models.modules import joint_attention, scan_attending
+from smartdiff_jax.models.modules import Attention, Ropes, joint_attention, scan_attending, scan_shared
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import axial_rope_table
 from smartdiff_jax.models.turn import Unturned
@@ -218,7 +218,7 @@ class Flux1DoubleBlock(nnx.Module):
 
 
 class Flux1SingleBlock(nnx.Module):
-    """Attention and feed-forward side by side on the same input, one output projection for both, shared by the streams."""
+    """Attention and feed-forward side by side on the same input, one output projection for both, shared by all streams."""
 
     def __init__(self, config: Flux1Config, rngs: nnx.Rngs, dtype: DTypeLike):
         dim = config.dim
@@ -227,16 +227,17 @@ class Flux1SingleBlock(nnx.Module):
         self.feed_forward = Linear(dim, MLP_RATIO * dim, rngs, dtype=dtype)
         self.out = Linear((1 + MLP_RATIO) * dim, dim, rngs, dtype=dtype)
 
-    def __call__(self, hidden: Streams, context: Flux1Context, attend: Attend) -> Streams:
+    def __call__(
+        self, streams: tuple[Float[Array, "b _ d"], ...], ropes: Ropes, temb: Float[Array, "b d"], attention: Attention
+    ) -> tuple[Float[Array, "b _ d"], ...]:
+        """streams, each with its rotary table."""
         with jax.named_scope("modulation"):
-            modulation = Modulation(*self.modulation(context.temb))
-        tokens, text = (modulated_norm_into(self.feed_forward, x, modulation.shift, modulation.scale, EPS) for x in hidden)
+            modulation = Modulation(*self.modulation(temb))
+        inputs = [modulated_norm_into(self.feed_forward, x, modulation.shift, modulation.scale, EPS) for x in streams]
         with jax.named_scope("joint_attention"):
-            attended = joint_attention(
-                attend, lambda: (self.qkv(tokens, context.rope), self.qkv(text, None)), context.text_length
-            )
-        tokens, text = self._outputs(tokens, attended[0]), self._outputs(text, attended[1])
-        return gated_add(hidden[0], tokens, modulation.gate), gated_add(hidden[1], text, modulation.gate)
+            attended = attention(lambda: [self.qkv(x, rope) for x, rope in zip(inputs, ropes, strict=True)])
+        outputs = [self._outputs(x, out) for x, out in zip(inputs, attended, strict=True)]
+        return tuple(gated_add(x, y, modulation.gate) for x, y in zip(streams, outputs, strict=True))
 
     def _outputs(self, x: Features, attended: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         with jax.named_scope("feed_forward"):
@@ -293,15 +294,18 @@ class Flux1Transformer(nnx.Module):
 
     def run_blocks(self, hidden: Streams, context: Flux1Context, attend: Attend, lo: int, hi: int) -> Streams:
         """Blocks lo to hi - 1: a scan over the double ones among them, then one over the single ones."""
-        first_single = self.num_double_blocks
-        kinds = (
-            (self.double_blocks, lo, min(hi, first_single)),
-            (self.single_blocks, max(lo - first_single, 0), hi - first_single),
-        )
-        for blocks, start, stop in kinds:
-            if start < stop:
-                hidden = scan_attending(blocks, start, stop, lambda block, x, attend: block(x, context, attend), hidden, attend)
-        return hidden
+        first = self.num_double_blocks
+
+        def double(block: Flux1DoubleBlock, hidden: Streams, attend: Attend) -> Streams:
+            return block(hidden, context, attend)
+
+        def single(block: Flux1SingleBlock, streams: Any, ropes: Ropes, attention: Attention) -> Any:
+            return block(streams, ropes, context.temb, attention)
+
+        if lo < min(hi, first):
+            hidden = scan_attending(self.double_blocks, lo, min(hi, first), double, hidden, attend)
+        ropes, lo, hi = (context.rope, None), max(lo - first, 0), hi - first
+        return scan_shared(self.single_blocks, lo, hi, single, hidden, ropes, context.text_length, attend)
 
     def head(self, hidden: Streams, context: Flux1Context) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""

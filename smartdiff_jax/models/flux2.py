@@ -34,7 +34,7 @@ from smartdiff_jax.models.layers import (
     timestep_embedding,
 )
 from smartdiff_jax.models.linear import Linear
-from smartdiff_jax.models.modules import joint_attention, scan_attending
+from smartdiff_jax.models.modules import Attention, Ropes, joint_attention, scan_attending, scan_shared
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import axial_rope_table
 from smartdiff_jax.models.turn import Unturned
@@ -186,7 +186,7 @@ class Flux2HeadNorm(nnx.Module):
         self.q = RMSNorm(config.attention_head_dim, eps=config.eps, dtype=dtype)
         self.k = RMSNorm(config.attention_head_dim, eps=config.eps, dtype=dtype)
 
-    def __call__(self, q: Columns, k: Columns, v: Columns, rope: Rope) -> Unturned:
+    def __call__(self, q: Columns, k: Columns, v: Columns, rope: Rope | None) -> Unturned:
         return Unturned.of(self.num_heads, rope, (q, self.q), (k, self.k), (v, None))
 
 
@@ -243,7 +243,7 @@ class Flux2DoubleBlock(nnx.Module):
 
 
 class Flux2SingleBlock(nnx.Module):
-    """Attention and feed-forward side by side on the same input (arXiv 2302.05442), both streams through the same parameters.
+    """Attention and feed-forward side by side on the same input (arXiv 2302.05442), all streams through the same parameters.
 
     inputs: to queries, keys, values, and the feed-forward's gate and values. outputs: from attention and feed-forward.
     """
@@ -255,22 +255,22 @@ class Flux2SingleBlock(nnx.Module):
         self.norm = Flux2HeadNorm(config, dtype)
         self.outputs = Linear(dim + mlp_dim, dim, rngs, dtype=dtype, use_bias=False)
 
-    def __call__(self, hidden: Streams, context: Flux2Context, attend: Attend) -> Streams:
-        [modulation] = _modulations(context.single)
-        tokens, text = hidden
-        with jax.named_scope("joint_attention"):
-            tokens_qkv, tokens_product = self._before_attention(tokens, modulation, context.rope)
-            text_qkv, text_product = self._before_attention(text, modulation, context.text_rope)
-            attended = joint_attention(attend, lambda: (tokens_qkv, text_qkv), context.text_length)
-        tokens = self._after_attention(tokens, attended[0], tokens_product, modulation)
-        return tokens, self._after_attention(text, attended[1], text_product, modulation)
+    def __call__(
+        self, streams: tuple[Float[Array, "b _ d"], ...], ropes: Ropes, modulation: Modulation, attention: Attention
+    ) -> tuple[Float[Array, "b _ d"], ...]:
+        """streams, each with its rotary table."""
+        dim = streams[0].shape[-1]
 
-    def _before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> tuple[Unturned, Product]:
-        """Queries, keys and values, and what they were made with, behind which goes into the feed-forward's activation."""
-        dim = x.shape[-1]
-        product = self.inputs.product(modulated_norm_into(self.inputs, x, modulation.shift, modulation.scale, self.eps))
-        q, k, v = (Columns(product, at * dim, dim) for at in range(3))
-        return self.norm(q, k, v, rope), product
+        def qkv() -> list[Unturned]:
+            columns = ((Columns(product, at * dim, dim) for at in range(3)) for product in products)
+            return [self.norm(*of, rope) for of, rope in zip(columns, ropes, strict=True)]
+
+        with jax.named_scope("joint_attention"):
+            inputs = [modulated_norm_into(self.inputs, x, modulation.shift, modulation.scale, self.eps) for x in streams]
+            products = [self.inputs.product(x) for x in inputs]
+            attended = attention(qkv)
+        through = zip(streams, attended, products, strict=True)
+        return tuple(self._after_attention(x, out, product, modulation) for x, out, product in through)
 
     def _after_attention(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n d"], product: Product, modulation: Modulation
@@ -335,15 +335,18 @@ class Flux2Transformer(nnx.Module):
 
     def run_blocks(self, hidden: Streams, context: Flux2Context, attend: Attend, lo: int, hi: int) -> Streams:
         """Blocks lo to hi - 1: a scan over the double ones among them, then one over the single ones."""
-        first_single = self.num_double_blocks
-        kinds = (
-            (self.double_blocks, lo, min(hi, first_single)),
-            (self.single_blocks, max(lo - first_single, 0), hi - first_single),
-        )
-        for blocks, start, stop in kinds:
-            if start < stop:
-                hidden = scan_attending(blocks, start, stop, lambda block, x, attend: block(x, context, attend), hidden, attend)
-        return hidden
+        first, [modulation] = self.num_double_blocks, _modulations(context.single)
+
+        def double(block: Flux2DoubleBlock, hidden: Streams, attend: Attend) -> Streams:
+            return block(hidden, context, attend)
+
+        def single(block: Flux2SingleBlock, streams: Any, ropes: Ropes, attention: Attention) -> Any:
+            return block(streams, ropes, modulation, attention)
+
+        if lo < min(hi, first):
+            hidden = scan_attending(self.double_blocks, lo, min(hi, first), double, hidden, attend)
+        ropes, lo, hi = (context.rope, context.text_rope), max(lo - first, 0), hi - first
+        return scan_shared(self.single_blocks, lo, hi, single, hidden, ropes, context.text_length, attend)
 
     def head(self, hidden: Streams, context: Flux2Context) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""

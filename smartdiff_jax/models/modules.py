@@ -11,7 +11,8 @@ What is remembered is stacked over the blocks of a scan and goes through it in i
 place. As the scan's inputs and outputs it would lie in memory twice.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -32,6 +33,13 @@ Module = Literal["self_attention", "cross_attention", "text_attention", "joint_a
 Held = tuple[Mapping[str, Out], ...]
 """What is remembered: for each scan in the order they run, for each module, what it gave, stacked over the blocks [n, ...]."""
 
+Streams = tuple[Float[Array, "b _ d"], ...]
+Ropes = tuple[tuple[Float[Array, "_ _ r"], Float[Array, "_ _ r"]] | None, ...]
+"""Of each stream the rotary table, or None where nothing turns."""
+
+Attention = Callable[[Callable[[], Sequence[Unturned]]], Streams]
+"""What gives each stream's queries, keys and values -> what each attended to."""
+
 Around = Callable[[str, Out, Callable[[], Out]], Out]
 """(module, what was held of it, compute) -> what the module gives now, which is held from then on."""
 
@@ -41,7 +49,7 @@ def module(attend: Attend, name: Module, compute: Callable[[], T]) -> T:
     return attend.module(name, compute) if isinstance(attend, _BlockAttend) else compute()
 
 
-def joint_attention(attend: Attend, streams: Callable[[], tuple[Unturned, Unturned]], text_length: Any) -> tuple[Any, Any]:
+def joint_attention(attend: Attend, streams: Callable[[], Sequence[Unturned]], text_length: Any) -> tuple[Any, Any]:
     """The module in which picture and text meet: what both attended to, heads side by side, each [b n d].
 
     streams: their queries, keys and values, computed only if the module is.
@@ -81,6 +89,59 @@ def scan_attending(blocks: nnx.Module, lo: int, hi: int, call: Callable[[Any, T,
     if isinstance(attend, HeldModules):
         return attend.scan(blocks, lo, hi, call, hidden)
     return scan_blocks(blocks, lo, hi, lambda block, hidden: call(block, hidden, attend), hidden)
+
+
+def scan_shared(
+    blocks: nnx.Module,
+    lo: int,
+    hi: int,
+    call: Callable[[Any, Streams, Ropes, Attention], Streams],
+    hidden: Streams,
+    ropes: Ropes,
+    text_length: Any,
+    attend: Attend,
+) -> Streams:
+    """`scan_attending` for blocks that have one set of parameters for picture and text.
+
+    Where nothing is split the two are one stream, in this order: products of a few rows of text take as long as they take for
+    many, and side by side with the picture's nearly nothing.
+    """
+    if lo >= hi:
+        return hidden
+    if not attend.whole:
+
+        def apart(block: Any, streams: Streams, attend: Attend) -> Streams:
+            return call(block, streams, ropes, partial(joint_attention, attend, text_length=text_length))
+
+        return scan_attending(blocks, lo, hi, apart, hidden, attend)
+
+    tokens, text = hidden
+    size = tokens.shape[1]
+    both, length = _joined_rope(ropes, text.shape[1]), None if text_length is None else size + text_length
+
+    def as_one(block: Any, stream: Array, attend: Attend) -> Array:
+        def attention(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
+            return (joined_attention(attend, lambda: qkv()[0], length),)
+
+        return call(block, (stream,), (both,), attention)[0]
+
+    stream = scan_attending(blocks, lo, hi, as_one, jnp.concatenate([tokens, text], axis=1), attend)
+    return stream[:, :size], stream[:, size:]
+
+
+def _joined_rope(ropes: Ropes, num_text: int) -> tuple[Float[Array, "_ m r"], Float[Array, "_ m r"]]:
+    """Of picture and text as one; of a text that does not turn the table says so."""
+    rope, text_rope = ropes
+    assert rope is not None
+    if text_rope is None:
+        shape = (1, num_text, rope[0].shape[-1])
+        text_rope = jnp.ones(shape), jnp.zeros(shape)
+    batch = max(rope[0].shape[0], text_rope[0].shape[0])
+    cos, sin = (
+        jnp.concatenate([jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in tables], axis=1)
+        for tables in zip(rope, text_rope, strict=True)
+    )
+    return cos, sin
 
 
 class _Wrapped:

@@ -33,7 +33,15 @@ from smartdiff_jax.kernels.fp8 import Columns, Part
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import RMSNorm, layer_norm, pick_block, stack_blocks, swiglu, timestep_embedding
 from smartdiff_jax.models.linear import MLP, Linear
-from smartdiff_jax.models.modules import joined_attention, joint_attention, module, scan_attending, side_by_side
+from smartdiff_jax.models.modules import (
+    Attention,
+    Ropes,
+    joint_attention,
+    module,
+    scan_attending,
+    scan_shared,
+    side_by_side,
+)
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.turn import Unturned, turned
 
@@ -224,12 +232,11 @@ class ZImageBlock(nnx.Module):
     def __call__(
         self,
         streams: tuple[Float[Array, "b _ d"], ...],
-        ropes: tuple[StreamRope, ...],
+        ropes: Ropes,
         time: Float[Array, "b t"],
-        attention: Callable[[Callable[[], Any]], tuple[Float[Array, "b _ d"], ...]],
+        attention: Attention,
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        """streams, each with its rotary table. attention: takes what gives each one's queries, keys and values, returns what
-        each attended to."""
+        """streams, each with its rotary table."""
         with jax.named_scope("modulation"):
             of_attention, of_feed_forward = self.modulations(time)
         with jax.named_scope("attention"):
@@ -366,41 +373,14 @@ class ZImageTransformer(nnx.Module):
         def refine(block: ZImageRefiner, hidden: Streams, attend: Attend) -> Streams:
             return block(hidden, context, attend)
 
-        def two_streams(block: ZImageBlock, hidden: Streams, attend: Attend) -> Streams:
-            attention = partial(joint_attention, attend, text_length=length)
-            tokens, text = block(hidden, (context.rope, context.text_rope), context.time, attention)
-            return tokens, text
+        def single(block: ZImageBlock, streams: Any, ropes: Ropes, attention: Attention) -> Any:
+            return block(streams, ropes, context.time, attention)
 
         if lo < min(hi, first):
             hidden = scan_attending(self.refiners, lo, min(hi, first), refine, hidden, attend)
-        if max(lo, first) < hi:
-            lo, hi = max(lo, first) - first, hi - first
-            if not attend.whole:
-                return scan_attending(self.blocks, lo, hi, two_streams, hidden, attend)
-            hidden = self._run_joined(hidden, context, length, attend, lo, hi)
-        return hidden
-
-    def _run_joined(
-        self, hidden: Streams, context: ZImageContext, length: Int[Array, " b"] | None, attend: Attend, lo: int, hi: int
-    ) -> Streams:
-        """Blocks lo to hi - 1 of the single-stream ones on picture and text as one: the products of a few rows of text take
-        as long as they take for many, and side by side with the picture's nearly nothing."""
-        size = hidden[0].shape[1]
-        batch = max(table.shape[0] for table in (context.rope[0], context.text_rope[0]))
-        cos, sin = (
-            jnp.concatenate([jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in tables], axis=1)
-            for tables in zip(context.rope, context.text_rope, strict=True)
-        )
-        counts = None if length is None else size + length
-
-        def one_stream(block: ZImageBlock, hidden: Array, attend: Attend) -> Array:
-            def attention(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
-                return (joined_attention(attend, lambda: qkv()[0], counts),)
-
-            return block((hidden,), ((cos, sin),), context.time, attention)[0]
-
-        joined = scan_attending(self.blocks, lo, hi, one_stream, jnp.concatenate(hidden, axis=1), attend)
-        return joined[:, :size], joined[:, size:]
+        ropes = context.rope, context.text_rope
+        lo, hi = max(lo, first) - first, hi - first
+        return scan_shared(self.blocks, lo, hi, single, hidden, ropes, length, attend)
 
     def head(self, hidden: Streams, context: ZImageContext) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""
