@@ -40,10 +40,10 @@ class Stream:
     rope: tuple[Float[Array, "c n r"], Float[Array, "c n r"]] | None
 
 
-def serves(num_heads: int, width: int) -> bool:
-    """Triton has powers of two: the heads' own width is one, and heads lie side by side in chunks that are."""
-    head_dim = width // num_heads
-    return 16 <= head_dim <= CHUNK and head_dim & (head_dim - 1) == 0
+def serves(num_heads: int, columns: Columns) -> bool:
+    """Triton has powers of two: a head's width is one, and heads lie side by side in chunks that are. It counts in int32."""
+    head_dim = columns.size // num_heads
+    return 16 <= head_dim <= CHUNK and head_dim & (head_dim - 1) == 0 and columns.product.values.size < 2**31
 
 
 def turn(streams: Sequence[Stream], num_heads: int, *, interpret: bool = False) -> tuple[Float[Array, "b n h d"], ...]:
@@ -111,14 +111,15 @@ class _Writer:
 
     def _turned(self, chunks: list[Array], norm: Any, refs: Sequence[Any], rope: Any, dtype: Any) -> Iterator[Array]:
         take, scale, eps = norm
-        over_all = scale.shape[0] == self.width
-        by = jax.lax.rsqrt(over([x * x for x in chunks], jnp.add, jnp.sum) / self.width + eps) if over_all else None
+        by: Any = None
+        if over_all := scale.shape[0] == self.width:
+            by = jax.lax.rsqrt(over([x * x for x in chunks], jnp.add, jnp.sum) / self.width + eps)
         of_head = None if over_all else self._pairs(_load(take(refs), (), 0, self.head_dim))
-        for (at, size), x in zip(chunks_of(self.width), chunks, strict=True):
-            pair, of = self._pairs(x), of_head or self._pairs(_load(take(refs), (), at, size))
+        for (at, size), chunk in zip(chunks_of(self.width), chunks, strict=True):
+            pair, weights = self._pairs(chunk), of_head or self._pairs(_load(take(refs), (), at, size))
             if not over_all:
                 by = jax.lax.rsqrt(jnp.sum(pair[0] * pair[0] + pair[1] * pair[1], axis=1) / self.head_dim + eps)[:, None]
-            even, odd = ((half * by * scale).astype(dtype) for half, scale in zip(pair, of, strict=True))
+            even, odd = ((x * by * weight).astype(dtype) for x, weight in zip(pair, weights, strict=True))
             if rope is not None:
                 even, odd = even.astype(jnp.float32), odd.astype(jnp.float32)
                 cos, sin = (table[None] for table in rope)

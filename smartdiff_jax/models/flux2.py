@@ -261,14 +261,14 @@ class Flux2SingleBlock(nnx.Module):
         """streams, each with its rotary table."""
         dim = streams[0].shape[-1]
 
-        def qkv() -> list[Unturned]:
-            columns = ((Columns(product, at * dim, dim) for at in range(3)) for product in products)
-            return [self.norm(*of, rope) for of, rope in zip(columns, ropes, strict=True)]
+        def before_attention(product: Product, rope: Rope | None) -> Unturned:
+            q, k, v = (Columns(product, at * dim, dim) for at in range(3))
+            return self.norm(q, k, v, rope)
 
         with jax.named_scope("joint_attention"):
             inputs = [modulated_norm_into(self.inputs, x, modulation.shift, modulation.scale, self.eps) for x in streams]
             products = [self.inputs.product(x) for x in inputs]
-            attended = attention(qkv)
+            attended = attention(lambda: list(map(before_attention, products, ropes)))
         through = zip(streams, attended, products, strict=True)
         return tuple(self._after_attention(x, out, product, modulation) for x, out, product in through)
 

@@ -34,6 +34,7 @@ Held = tuple[Mapping[str, Out], ...]
 """What is remembered: for each scan in the order they run, for each module, what it gave, stacked over the blocks [n, ...]."""
 
 Streams = tuple[Float[Array, "b _ d"], ...]
+Pair = tuple[Float[Array, "b s d"], Float[Array, "b l d"]]
 Ropes = tuple[tuple[Float[Array, "_ _ r"], Float[Array, "_ _ r"]] | None, ...]
 """Of each stream the rotary table, or None where nothing turns."""
 
@@ -96,11 +97,11 @@ def scan_shared(
     lo: int,
     hi: int,
     call: Callable[[Any, Streams, Ropes, Attention], Streams],
-    hidden: Streams,
+    hidden: Pair,
     ropes: Ropes,
     text_length: Any,
     attend: Attend,
-) -> Streams:
+) -> Pair:
     """`scan_attending` for blocks that have one set of parameters for picture and text.
 
     Where nothing is split the two are one stream, in this order: products of a few rows of text take as long as they take for
@@ -110,8 +111,9 @@ def scan_shared(
         return hidden
     if not attend.whole:
 
-        def apart(block: Any, streams: Streams, attend: Attend) -> Streams:
-            return call(block, streams, ropes, partial(joint_attention, attend, text_length=text_length))
+        def apart(block: Any, hidden: Pair, attend: Attend) -> Pair:
+            tokens, text = call(block, hidden, ropes, partial(joint_attention, attend, text_length=text_length))
+            return tokens, text
 
         return scan_attending(blocks, lo, hi, apart, hidden, attend)
 

@@ -66,7 +66,7 @@ def _are_fused(attend: Attend, *streams: Unturned) -> bool:
         return False
     from smartdiff_jax.kernels import fused_turn  # Pallas takes half a second to import
 
-    return all(fused_turn.serves(stream.num_heads, stream.columns[0].size) for stream in streams)
+    return all(fused_turn.serves(stream.num_heads, x) for stream in streams for x in stream.columns)
 
 
 def _is_ready(x: Columns) -> bool:

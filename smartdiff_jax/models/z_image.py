@@ -14,7 +14,7 @@ and a softmax does not mind the order of its keys. So the text that counts is on
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -252,7 +252,7 @@ class ZImageBlock(nnx.Module):
             outputs = [self.feed_forward_norm_out(self.feed_forward(x)) for x in inputs]
             return tuple(_add(x, of_feed_forward.gate * y) for x, y in zip(streams, outputs, strict=True))
 
-    def _qkv(self, x: Float[Array, "b n d"], rope: Rope) -> Unturned:
+    def _qkv(self, x: Float[Array, "b n d"], rope: Rope | None) -> Unturned:
         taken = self.q.take(x)
         q, k, v = (layer.product(taken) for layer in (self.q, self.k, self.v))
         return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
@@ -276,13 +276,13 @@ class ZImageRefiner(nnx.Module):
         filling, caption = text[:, :size], text[:, size:]
         cos, sin = context.text_rope
 
-        def ready(qkv: Callable[[], list[Unturned]]) -> QKV:
+        def ready(qkv: Callable[[], Sequence[Unturned]]) -> QKV:
             return QKV(*turned(attend, qkv()[0]))
 
-        def of_tokens(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
+        def of_tokens(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
             return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(ready(qkv)))),)
 
-        def of_caption(qkv: Callable[[], list[Unturned]]) -> tuple[Array]:
+        def of_caption(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
             def attended() -> Array:
                 return side_by_side(attend.text_attention(ready(qkv), text_length=context.caption_length))
 
