@@ -25,6 +25,7 @@ from smartdiff_jax.training.sampling import sheet  # noqa: E402
 from smartdiff_jax.training.settings import load_recipe  # noqa: E402
 from smartdiff_jax.training.worlds import World, captioner_of  # noqa: E402
 
+SERVED = "guidance_scale", "num_inference_steps", "negative_prompt", "shift", "sampler"
 SHOWN = 32, 16  # on the contact sheet, of the prompts as in training and of those held out
 
 
@@ -44,7 +45,10 @@ def main() -> None:
     atlas = atlas_file.load(arguments.atlas or ROOT / "data" / recipe.atlas.file)
     task, size = recipe.served_by.task, recipe.output
     world = World.of(task, captioner_of(task, atlas), size.num_frames)
-    settings = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    # As the recipe serves it: a folder by itself would get what large models of its family do, their negative prompt too.
+    settings = {name: getattr(recipe.served_as, name) for name in SERVED}
+    asked = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    settings |= {name: value for name, value in asked.items() if value is not None}
     settings |= {"size": (size.width, size.height), "num_frames": size.num_frames}
     kept: list[tuple[str, np.ndarray]] = []
 
