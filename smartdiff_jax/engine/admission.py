@@ -48,7 +48,7 @@ def refuse_if_full(engine: "Engine", key: ApiKey) -> None:
 
     What it knows may be half a second old where several engines share a store; the store has the last word on what is taken.
     """
-    owners = engine.waiting_owners()
+    owners = engine.queue.waiting_owners()
     check_room(len(owners), owners.count(key.name), engine.limits.max_queued, key.max_queued)
 
 

@@ -17,26 +17,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from smartdiff_jax.config.request import GenerateParams, ResolvedParams
-from smartdiff_jax.config.service import EVERYONE, ApiKey, Limits
+from smartdiff_jax.config.service import ApiKey, Limits
 from smartdiff_jax.engine import deliver
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.costs import Costs, Work
-from smartdiff_jax.engine.job import Job, Priority
+from smartdiff_jax.engine.job import Job
 from smartdiff_jax.engine.metrics import Metrics
 from smartdiff_jax.engine.output import GenerateOutput
 from smartdiff_jax.engine.pipeline import OnProgress, Pause, Pipeline
+from smartdiff_jax.engine.queue import Queue
 from smartdiff_jax.engine.run import CHECKPOINT, Lap, Run, work_of
-from smartdiff_jax.engine.scheduler import Entry, Forecast, Scheduler
+from smartdiff_jax.engine.scheduler import Forecast
 from smartdiff_jax.engine.shapes import Shapes
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.upgrade import Upgrades
 from smartdiff_jax.engine.warming import warm_defaults
 from smartdiff_jax.stages.base import Progress
 
-MAX_BEGUN = 8
-"""Jobs whose carry may lie on the device at once."""
-AHEAD = 2
-"""Jobs with their text done, so that the device never waits for one."""
 MAX_MEDIA = 8
 """Finished jobs whose pictures are being written; the device waits when there are more."""
 TICK = 0.25
@@ -60,18 +57,14 @@ class Engine:
     ):
         """loaders: what makes a model's pipeline anew, for upgrades."""
         self.pipelines, self.store, self.artifacts, self.limits = dict(pipelines), store, artifacts, limits
+        self.queue = Queue()
+        self._turn = self.queue.turn
         self.metrics = metrics or Metrics()
         self.costs = Costs(store.load_rates())
         self.name = f"engine_{secrets.token_hex(6)}"
         self.newest: dict[str, GenerateParams] = {}
         self.upgrades = Upgrades(self, loaders or {})
         self.listeners: list[Callable[[str], None]] = []
-        self._keys: dict[str, ApiKey] = {}
-        self._scheduler = Scheduler()
-        self._waiting: dict[str, Job] = {}
-        self._runs: dict[str, Run] = {}
-        self._forecast: dict[str, Forecast] = {}
-        self._turn = threading.Condition()
         self._stopping = threading.Event()
         self._news = threading.Event()
         self._started = self._taking = False
@@ -108,7 +101,7 @@ class Engine:
         self._text.shutdown()
         self.shapes.stop()
         self._writers.shutdown()
-        for run in list(self._runs.values()):
+        for run in list(self.queue.runs.values()):
             if run.can_checkpoint and not run.cancelled:
                 self._in_background(self._write, run, run.checkpoint())
             deliver.persist(lambda run=run: self.store.release(run.job.id, self.name))
@@ -125,12 +118,9 @@ class Engine:
     def adopt(self, limits: Limits, keys: Iterable[ApiKey]) -> None:
         """From now on these hold, for what is asked and for what waits; what runs is not stopped by them."""
         with self._turn:
-            self.limits, self._keys = limits, {key.name: key for key in keys}
+            self.limits = limits
             self.store.ttl = limits.keep_hours * 3600
-            for job in self._waiting.values():
-                self._scheduler.put(self._entry(job))
-            for run in self._runs.values():
-                self._put_anew(run, run.job.priority)
+            self.queue.adopt({key.name: key for key in keys})
         self._prefetch()
 
     def replace(self, model: str, pipe: Pipeline) -> Pipeline:
@@ -142,24 +132,12 @@ class Engine:
     def uses(self, pipe: Pipeline) -> bool:
         """Whether a job that was begun with it goes on."""
         with self._turn:
-            return any(run.pipe is pipe for run in self._runs.values())
+            return any(run.pipe is pipe for run in self.queue.runs.values())
 
     def offer(self, job: Job) -> None:
         """A new job is in the store."""
-        with self._turn:
-            self._put(job)
-            self._turn.notify_all()
+        self.queue.offer(job)
         self._prefetch()
-
-    def waiting_owners(self) -> list[str]:
-        """Of every job that waits, as far as is known here. Takes no lock: who asks is the thread that answers everybody."""
-        return [job.owner for job in list(self._waiting.values()) if job.state == "queued"]
-
-    def withdraw(self, job_id: str) -> None:
-        """A job has ended in the store before it began: its place in the queue is free at once."""
-        with self._turn:
-            if self._waiting.pop(job_id, None) is not None:
-                self._scheduler.remove(job_id)
 
     def notice(self) -> None:
         """Something in the store has changed: a job was cancelled, or has another priority."""
@@ -167,16 +145,12 @@ class Engine:
 
     def live(self, job: Job) -> tuple[Job, Forecast | None]:
         """The job with its newest progress, and when it will be finished, if that can be told."""
-        run = self._runs.get(job.id)
+        run = self.queue.runs.get(job.id)
         if run is not None and job.state == "running":
             progress = run.progress
             values = {"stage": progress.stage, "done": progress.done, "total": progress.total}
             job = dataclasses.replace(job, previews_made=run.previews_made, device_seconds=run.device_seconds, **values)
-        return job, None if job.is_final else self._forecast.get(job.id)
-
-    def backlog(self) -> float:
-        """Estimated device seconds until the queue is empty. Takes no lock, as above."""
-        return self._scheduler.backlog()
+        return job, None if job.is_final else self.queue.forecast(job.id)
 
     # The text thread.
 
@@ -188,21 +162,7 @@ class Engine:
         self._text.submit(self._take)
 
     def _next_to_begin(self) -> Job | None:
-        """The waiting job to claim now: one that should run at once, or one to have ready."""
-        if self._stopping.is_set() or not self._started:
-            return None
-        runs = [run for run in self._runs.values() if run.job.id in self._scheduler]
-        begun = [run for run in runs if not run.compiling]  # the device does not wait for the others
-        if len(runs) >= MAX_BEGUN:
-            return None
-        running: dict[str, int] = {}
-        for run in self._runs.values():
-            running[run.job.owner] = running.get(run.job.owner, 0) + 1
-        allowed = [job.id for job in self._waiting.values() if running.get(job.owner, 0) < self._key(job).max_running]
-        best = self._scheduler.pick(allowed)
-        if best is None or (len(begun) >= AHEAD and self._scheduler.pick([best, *(run.job.id for run in begun)]) != best):
-            return None
-        return self._waiting[best]
+        return self.queue.next_to_begin() if self._started and not self._stopping.is_set() else None
 
     def _take(self) -> None:
         with self._turn:
@@ -222,16 +182,12 @@ class Engine:
     def _begin(self, wanted: Job) -> None:
         job = self.store.claim(wanted.id, self.name)
         if job is None:
-            with self._turn:
-                self._waiting.pop(wanted.id, None)
-                self._scheduler.remove(wanted.id)
+            self.queue.withdraw(wanted.id)
             self._tell(wanted.id)
             return
         with self._turn:
             run = Run(job, self.pipelines[job.model])
-            self._waiting.pop(job.id, None)
-            self._runs[job.id] = run
-            self._scheduler.put(self._entry(job))
+            self.queue.begin(run)
         self.metrics.wait.labels(job.model).observe(max(time.time() - job.created_at, 0.0))
         began = time.perf_counter()
         try:
@@ -282,9 +238,8 @@ class Engine:
         with self._turn:
             while not self._stopping.is_set():
                 self._drop_ended()
-                ready = [run.job.id for run in self._runs.values() if run.ready and run.job.id in self._scheduler]
-                if ready and self._media < MAX_MEDIA:
-                    return self._runs[self._scheduler.pick(ready) or ""]
+                if self._media < MAX_MEDIA and (run := self.queue.next_to_advance()) is not None:
+                    return run
                 self._turn.wait(1.0)
         return None
 
@@ -292,20 +247,18 @@ class Engine:
         job, model = run.job, run.job.model
         run.device_seconds += seconds
         self.metrics.busy.labels(model).inc(seconds)
-        with self._turn:
-            self._scheduler.charge(job.id, seconds)
+        self.queue.charge(run, seconds)
         if lap.counts:
             stage, each = run.progress.stage, seconds / lap.units
             if stage == "denoise":
                 self.metrics.step.labels(model).observe(each)
             if stage == "decode" or run.work.outputs == 1:  # several outputs share a step
                 self.costs.observe(run.work, stage, each)
-            with self._turn:
-                self._scheduler.expect(job.id, self.costs.left(run.work, stage, run.progress.done / run.progress.total))
+            self.queue.expect(run, self.costs.left(run.work, stage, run.progress.done / run.progress.total))
         if isinstance(lap.event, GenerateOutput):
             self.shapes.remember(run.pipe, run.resolved)
             with self._turn:
-                self._scheduler.remove(job.id)
+                self.queue.retire(run)
                 self._media += 1
             run.progress = Progress("media", 0, 1)
             run.close()
@@ -314,8 +267,7 @@ class Engine:
             if lap.event.preview is not None:
                 began = time.perf_counter()
                 picture = lap.event.preview()
-                with self._turn:
-                    self._scheduler.charge(job.id, time.perf_counter() - began)
+                self.queue.charge(run, time.perf_counter() - began)
                 run.previews_made += 1
                 name = f"preview-{run.previews_made}.webp"
                 self._writers.submit(self._in_background, deliver.write_picture, self.artifacts, job.id, name, picture)
@@ -370,34 +322,28 @@ class Engine:
         if counted:
             self._end(run, "failed", counted=True, error=told)
             return
-        with self._turn:
-            run.ready = False
-            self._scheduler.remove(run.job.id)
+        self.queue.retire(run)
         self._writers.submit(self._end, run, "failed", error=told)  # the store may be slow, the device must not wait
 
     def _drop_ended(self) -> None:
         """Runs that are cancelled, or another's by now."""
-        for run in [run for run in self._runs.values() if run.ready and (run.cancelled or run.lost)]:
-            run.ready = False
+        for run in [run for run in self.queue.runs.values() if run.ready and (run.cancelled or run.lost)]:
+            self.queue.retire(run)
             run.close()
-            self._scheduler.remove(run.job.id)
             if run.lost:
-                self._runs.pop(run.job.id, None)
+                self.queue.drop(run)
             else:
                 self._writers.submit(self._end, run, "cancelled")
 
     def _end(self, run: Run, state, counted: bool = False, **values) -> None:
         job = run.job
-        with self._turn:
-            run.ready = False
-            self._scheduler.remove(job.id)
+        self.queue.retire(run)
         if not run.lost and deliver.persist(lambda: self.store.finish(job.id, self.name, state, **values)):
             self.metrics.jobs.labels(job.model, state).inc()
             self._in_background(self.artifacts.remove, job.id, CHECKPOINT)
         with self._turn:
-            self._runs.pop(job.id, None)
             self._media -= counted
-            self._turn.notify_all()
+            self.queue.drop(run)
         self._tell(job.id)
         self._prefetch()
 
@@ -425,54 +371,17 @@ class Engine:
             self._prefetch()
 
     def _beat(self) -> None:
-        if not self._runs:
-            return
-        known = list(self._runs)
-        mine = self.store.heartbeat(self.name, known)
-        with self._turn:
-            for job_id in known:
-                if (run := self._runs.get(job_id)) is None or run.progress.stage == "media":
-                    continue
-                if job_id not in mine:
-                    run.lost = True
-                    continue
-                cancelled, priority = mine[job_id]
-                run.cancelled |= cancelled
-                if priority != run.job.priority:
-                    self._put_anew(run, priority)
-            self._turn.notify_all()
+        if known := list(self.queue.runs):
+            self.queue.heed(known, self.store.heartbeat(self.name, known))
 
     def _refresh(self) -> None:
         """What the store has waiting."""
-        known = set(self._waiting)  # what is offered meanwhile is not gone
-        found = {job.id: job for job in self.store.waiting() if job.model in self.pipelines}
-        with self._turn:
-            for gone in known & self._waiting.keys() - found.keys():
-                self._waiting.pop(gone)
-                self._scheduler.remove(gone)
-            for job in found.values():
-                self._put(job)
-            self._turn.notify_all()
-
-    def _put(self, job: Job) -> None:
-        if job.id in self._runs:
-            return
-        if self._waiting.get(job.id) != job:
-            self._waiting[job.id] = job
-            self._scheduler.put(self._entry(job))
-
-    def _put_anew(self, run: Run, priority: Priority) -> None:
-        if run.job.id in self._scheduler:
-            run.job = dataclasses.replace(run.job, priority=priority, device_seconds=run.device_seconds)
-            self._scheduler.put(self._entry(run.job))
-
-    def _entry(self, job: Job) -> Entry:
-        spent, share = min(job.device_seconds, job.cost), self._key(job).share
-        return Entry(job.id, job.owner, job.priority, job.created_at, job.cost, spent, share)
+        known = list(self.queue.waiting)
+        self.queue.renew(known, [job for job in self.store.waiting() if job.model in self.pipelines])
 
     def _flush(self, job_id: str) -> None:
         self._dirty.discard(job_id)
-        if (run := self._runs.get(job_id)) is not None and run.progress.stage != "media":
+        if (run := self.queue.runs.get(job_id)) is not None and run.progress.stage != "media":
             at = run.progress
             values = {"stage": at.stage, "done": at.done, "total": at.total, "previews_made": run.previews_made}
             self.store.progress(job_id, self.name, device_seconds=run.device_seconds, **values)
@@ -484,16 +393,10 @@ class Engine:
         self.store.save_rates(self.costs.changes())
 
     def _foresee(self) -> None:
-        with self._turn:
-            self._forecast = self._scheduler.forecast()
-            backlog, waiting = self._scheduler.backlog(), list(self._waiting.values())
-            running = [run.job for run in self._runs.values()]
+        backlog, waiting, running = self.queue.foresee()
         self.metrics.tell_queue(self.pipelines, waiting, running, backlog)
         for kind, size in deliver.device_memory().items():
             self.metrics.memory.labels(kind).set(size)
-
-    def _key(self, job: Job) -> ApiKey:
-        return self._keys.get(job.owner, EVERYONE)
 
     def _tell(self, job_id: str) -> None:
         for listener in list(self.listeners):

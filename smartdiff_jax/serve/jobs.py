@@ -112,7 +112,7 @@ async def delete_job(job_id: str, service: ServiceOf, caller: Caller):
     """Cancel it if it has not ended, and forget it and its files."""
     job = await service.find(caller, job_id)
     await service.write(service.engine.store.forget, job.id)
-    service.engine.withdraw(job.id)
+    service.engine.queue.withdraw(job.id)
     service.engine.notice()
     return Deleted(id=job.id, object="job.deleted")
 

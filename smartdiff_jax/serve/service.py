@@ -163,7 +163,7 @@ class Service:
     def full(self, error: QueueFull) -> ServiceError:
         """429, with the seconds until there is room; counted."""
         self.engine.metrics.rejections.labels("queue_full").inc()
-        backlog = self.engine.backlog()
+        backlog = self.engine.queue.backlog()
         message = f"{error}; they are done in about {backlog:.0f} s"
         return ServiceError(429, message, code="queue_full", retry_after=backlog / max(error.limit, 1))
 
@@ -227,5 +227,5 @@ class Service:
     async def cancel(self, job_id: str) -> None:
         job = await self.write(self.engine.store.cancel, job_id)
         if job is None or job.is_final:
-            self.engine.withdraw(job_id)
+            self.engine.queue.withdraw(job_id)
         self.engine.notice()

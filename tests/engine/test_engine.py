@@ -93,8 +93,8 @@ def test_a_picture_behind_a_video_is_done_first_and_cancel_ends_the_video(bench,
     bench.store.cancel(video.id)
     engine.notice()
     assert bench.wait(video).state == "cancelled" and time.monotonic() - began < 2.0
-    bench.wait_for(lambda: not engine._runs)
-    assert engine.backlog() == 0.0
+    bench.wait_for(lambda: not engine.queue.runs)
+    assert engine.queue.backlog() == 0.0
 
 
 def test_a_shape_that_is_new_is_compiled_while_others_are_served(bench, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_shape_that_is_new_is_compiled_while_others_are_served(bench, monkeypa
     assert engine.live(bench.store.get(new[0].id))[0].stage == "compile"
     bench.store.cancel(new[1].id)
     engine.notice()
-    bench.wait_for(lambda: engine._runs[new[1].id].cancelled)
+    bench.wait_for(lambda: engine.queue.runs[new[1].id].cancelled)
     monkeypatch.setattr(pipeline.Pipeline, "compile_decoder", lambda *_: 1 / 0)
     let_go.set()
     failed = bench.wait(new[0])
@@ -137,7 +137,7 @@ def test_a_stopped_engine_saves_and_another_ends_in_the_same_bits(bench, pipe):
     one.start()
     params = SMALL | dict(num_inference_steps=60)
     job = bench.submit(params)
-    bench.wait_for(lambda: (run := one._runs.get(job.id)) is not None and run.progress.done >= 3)
+    bench.wait_for(lambda: (run := one.queue.runs.get(job.id)) is not None and run.progress.done >= 3)
     one.stop()
     left = bench.store.get(job.id)
     assert left.state == "queued" and (bench.folder / "artifacts" / job.id / CHECKPOINT).exists()
@@ -188,7 +188,7 @@ def test_a_poisoned_job_fails_alone(bench, pipe, monkeypatch):
     assert [job.state for job in ended] == ["succeeded", "failed", "failed", "succeeded"]
     assert ended[1].error["code"] == "out_of_memory" and "smaller" in ended[1].error["message"]
     assert ended[2].error["code"] == "internal_error" and "secret" not in ended[2].error["message"]
-    bench.wait_for(lambda: not engine._runs)
+    bench.wait_for(lambda: not engine.queue.runs)
     assert engine.is_alive
 
 
@@ -270,7 +270,7 @@ def test_a_key_runs_no_more_jobs_at_once_than_it_may(bench):
     engine = bench.engine()
     engine.adopt(engine.limits, [key])
     most = []
-    engine.listeners.append(lambda job: most.append(len(engine._runs)))
+    engine.listeners.append(lambda job: most.append(len(engine.queue.runs)))
     jobs = [bench.submit(SMALL | dict(seed=seed), key=key) for seed in range(4)]
     engine.start()
     assert {bench.wait(job).state for job in jobs} == {"succeeded"} and max(most) == 1
@@ -289,8 +289,8 @@ def test_a_job_that_other_weights_refuse_by_now_fails_alone(bench, pipe, experts
     assert failed.state == "failed" and failed.error["code"] == "invalid_request", failed
     assert all(words in failed.error["message"] for words in ("guidance_scale_2=3.0", "use guidance_scale"))
     assert bench.wait(taken).state == "succeeded"
-    bench.wait_for(lambda: not engine._runs)
-    assert engine.backlog() == 0.0
+    bench.wait_for(lambda: not engine.queue.runs)
+    assert engine.queue.backlog() == 0.0
 
 
 def test_other_limits_and_keys_hold_at_once_and_stop_nothing(bench):
@@ -305,7 +305,7 @@ def test_other_limits_and_keys_hold_at_once_and_stop_nothing(bench):
     with pytest.raises(QueueFull, match="1 jobs are waiting"):
         bench.submit()
     assert [bench.store.get(job.id).state for job in (*endless, waiting)] == ["running", "running", "queued"]
-    assert {entry.share for entry in engine._scheduler._entries.values()} == {100.0}
+    assert {entry.share for entry in engine.queue._scheduler._entries.values()} == {100.0}
     engine.adopt(ServiceConfig.create(), [])
     assert bench.wait(waiting).expires_at == pytest.approx(time.time() + 24 * 3600, abs=60)
     for job in endless:
