@@ -14,6 +14,7 @@ import numpy as np
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
 from smartdiff_jax.engine.job import Job
 from smartdiff_jax.engine.output import GenerateOutput
+from smartdiff_jax.engine.store import AWAY
 from smartdiff_jax.errors import InvalidField, SmartdiffError
 from smartdiff_jax.stages.media import write_media
 
@@ -64,15 +65,21 @@ def told(error: Exception) -> dict[str, str]:
 
 
 def persist(change: Callable[[], T]) -> T | None:
-    """Make a change in the store, also if it is away for a while; None if it stays away, and then the lease will lapse."""
-    began, pause = time.monotonic(), 0.05
+    """Make a change in the store, also if it is away for a while; None if it stays away, and then the lease will lapse.
+
+    Raises at once what no waiting will mend, such as values that cannot be kept.
+    """
+    began, pause, told_of = time.monotonic(), 0.05, False
     while True:
         try:
             return change()
-        except Exception:
+        except AWAY as error:
             if time.monotonic() - began > PATIENCE:
                 log.exception("the store stays away")
                 return None
+            if not told_of:
+                log.warning("the store is away, and asked again for %.0f s: %s", PATIENCE, str(error).partition("\n")[0])
+                told_of = True
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 

@@ -104,7 +104,7 @@ class Engine:
         for run in list(self.queue.runs.values()):
             if run.can_checkpoint and not run.cancelled:
                 self._in_background(self._write, run, run.checkpoint())
-            deliver.persist(lambda run=run: self.store.release(run.job.id, self.name))
+            self._in_background(deliver.persist, lambda run=run: self.store.release(run.job.id, self.name))
         self.store.save_rates(self.costs.changes())
         self.upgrades.join()  # last: what is loading takes its time, and the jobs are saved by now
 
@@ -338,9 +338,14 @@ class Engine:
     def _end(self, run: Run, state, counted: bool = False, **values) -> None:
         job = run.job
         self.queue.retire(run)
-        if not run.lost and deliver.persist(lambda: self.store.finish(job.id, self.name, state, **values)):
-            self.metrics.jobs.labels(job.model, state).inc()
-            self._in_background(self.artifacts.remove, job.id, CHECKPOINT)
+        try:
+            if not run.lost and deliver.persist(lambda: self.store.finish(job.id, self.name, state, **values)):
+                self.metrics.jobs.labels(job.model, state).inc()
+                self._in_background(self.artifacts.remove, job.id, CHECKPOINT)
+        except Exception as error:  # what is to be kept of it cannot be, now or later
+            log.exception("%s cannot end as %s", job.id, state)
+            if state != "failed":
+                return self._end(run, "failed", counted, error=deliver.told(error))
         with self._turn:
             self._media -= counted
             self.queue.drop(run)

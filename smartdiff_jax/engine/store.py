@@ -13,7 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from smartdiff_jax.engine.job import FINAL, Job, Priority, State
 from smartdiff_jax.errors import InvalidConfig, SmartdiffError
@@ -23,6 +24,8 @@ LEASE_SECONDS = 15.0
 MAX_ATTEMPTS = 5
 """How often a job is begun without getting further; one that kills its engine every time must end."""
 POISONED = {"code": "engine_died", "message": f"the engine died {MAX_ATTEMPTS} times while it ran this job"}
+AWAY = OSError, OperationalError, InterfaceError, NoConnection
+"""What is raised while the database cannot be reached, is locked or full: it may go away by itself, as nothing else does."""
 BUSY_SECONDS = 10.0
 COLUMNS: dict[Any, Any] = {str: sa.Text, float: sa.Float, int: sa.Integer, bool: sa.Boolean}
 

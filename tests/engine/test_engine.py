@@ -1,16 +1,18 @@
 """The engine with a tiny model: order, overlap, cancelling, failing alone, resuming, leases."""
 
 import contextlib
+import sqlite3
 import threading
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy.exc import OperationalError
 
 from smartdiff_jax.config.request import GenerateParams
 from smartdiff_jax.config.service import EVERYONE, ServiceConfig
-from smartdiff_jax.engine import pipeline
+from smartdiff_jax.engine import deliver, pipeline
 from smartdiff_jax.engine import store as stores
 from smartdiff_jax.engine.admission import Submission, admit
 from smartdiff_jax.engine.artifacts import Artifacts
@@ -206,19 +208,32 @@ def test_a_full_disk_fails_the_job_and_not_the_engine(bench, monkeypatch):
     assert bench.wait(bench.submit()).state == "succeeded"
 
 
-def test_a_store_that_is_away_for_a_while_loses_nothing(bench, monkeypatch):
+def test_a_store_that_is_away_for_a_while_loses_nothing(bench, monkeypatch, caplog):
     engine, tried = bench.engine(), []
     finish = JobStore.finish
 
     def unreachable(*args, **kwargs):
         tried.append(time.monotonic())
         if len(tried) < 4:
-            raise OSError("database is locked")
+            raise OperationalError("UPDATE jobs", {}, sqlite3.OperationalError("database is locked"))
         return finish(*args, **kwargs)
 
     monkeypatch.setattr(JobStore, "finish", unreachable)
     engine.start()
     assert bench.wait(bench.submit()).state == "succeeded" and len(tried) == 4
+    assert caplog.text.count("the store is away") == 1 and "database is locked" in caplog.text
+
+
+def test_what_the_store_can_never_keep_ends_the_job_at_once(bench, monkeypatch, caplog):
+    engine = bench.engine()
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(deliver, "report_of", lambda output: {"params": output})
+        failed = bench.wait(bench.submit(), seconds=deliver.PATIENCE)
+    assert failed.state == "failed" and failed.error["code"] == "internal_error" and failed.attempts == 1
+    assert "cannot end as succeeded" in caplog.text and "the store is away" not in caplog.text
+    assert bench.wait(bench.submit()).state == "succeeded"
+    bench.wait_for(lambda: not engine.queue.runs)
 
 
 def test_two_engines_share_the_work_and_do_each_job_once(bench):
