@@ -249,7 +249,7 @@ def models() -> None:
     """List the known models: where their weights are, what has been shown of them, and their defaults."""
     from smartdiff_jax.config.model import bundled_folder, known_models
     from smartdiff_jax.config.system import SystemConfig
-    from smartdiff_jax.weights.hub import is_fetched
+    from smartdiff_jax.weights.hub import find_fetched
 
     downloads = SystemConfig.create().cache_dir / "hub"
 
@@ -259,7 +259,7 @@ def models() -> None:
             files = [file for file in bundled_folder(spec.name).rglob("*") if file.is_file()]
             weights = f"bundled, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
         else:
-            here = spec.repo is not None and is_fetched(spec.repo, downloads)
+            here = spec.repo is not None and find_fetched(spec.repo, downloads) is not None
             weights = f"{'downloaded' if here else 'downloads on first use'} from {spec.repo}" if spec.repo else "your folder"
         print(f"{spec.name}  ({spec.parameters} parameters, {weights})")
         print(f"    {spec.description}")

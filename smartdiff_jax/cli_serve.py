@@ -84,16 +84,17 @@ def _run(
     failures: list[Exception] = []
 
     def load() -> Any:
+        from smartdiff_jax.engine.announced import announce
         from smartdiff_jax.engine.engine import Engine
         from smartdiff_jax.engine.pipeline import Pipeline
 
-        pipelines, loaders = {}, {}
+        announced, loaders = {}, {}
         for name in models:
-            anew = functools.partial(Pipeline.from_pretrained, name, system=system)
-            pipe = anew()
-            pipelines[pipe.spec.name], loaders[pipe.spec.name] = pipe, anew
-        log.info("%s loaded after %.1f s", ", ".join(pipelines), time.perf_counter() - began)
-        return Engine(pipelines, job_store, files, service, loaders=loaders)
+            known = announce(name, system)
+            announced[known.spec.name] = known
+            loaders[known.spec.name] = functools.partial(Pipeline.from_pretrained, name, system=system)
+        log.info("takes jobs for %s after %.1f s", ", ".join(announced), time.perf_counter() - began)
+        return Engine({}, job_store, files, service, loaders=loaders, announced=announced)
 
     def started(failure: Exception | None) -> None:
         if failure is None:

@@ -55,7 +55,7 @@ def refuse_if_full(engine: "Engine", key: ApiKey) -> None:
 def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, bool]:
     """The job, queued, and whether it is new. Raises InvalidRequest, QueueFull, IdempotencyConflict."""
     asked = submission.params
-    models = Registry("model", engine.pipelines, error=InvalidRequest)
+    models = Registry("model", engine.models, error=InvalidRequest)
     model = submission.model if submission.model is not None else next(iter(models))
     models[model]
     seed = asked.seed if asked.seed is not None else secrets.randbelow(MAX_SEED)
@@ -64,6 +64,7 @@ def admit(engine: "Engine", key: ApiKey, submission: Submission) -> tuple[Job, b
     fixed = {"size": (resolved.width, resolved.height)} | {name: getattr(resolved, name) for name in FIXED}
     params = asked.model_copy(update=fixed)
     _check_size(megapixels(resolved), engine.limits.max_megapixels, resolved.num_inference_steps, key)
+    engine.check_memory(model, resolved)
     output_format = _check_format(submission.output_format, resolved.num_frames, resolved.fps)
     if not 0 <= submission.previews <= MAX_PREVIEWS:
         raise InvalidRequest("previews", submission.previews, f"must be from 0 to {MAX_PREVIEWS}")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
@@ -82,10 +81,3 @@ def persist(change: Callable[[], T]) -> T | None:
                 told_of = True
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
-
-
-def device_memory() -> dict[str, int]:
-    """Bytes in use, at most so far, and in all, of the first device; empty where it does not tell."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use", "limit": "bytes_limit"}
-    return {kind: int(stats[name]) for kind, name in names.items() if name in stats}

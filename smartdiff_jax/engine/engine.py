@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from smartdiff_jax.config.request import GenerateParams, ResolvedParams
 from smartdiff_jax.config.service import ApiKey, Limits
 from smartdiff_jax.engine import deliver
+from smartdiff_jax.engine.announced import Announced
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.costs import Costs, Work
 from smartdiff_jax.engine.job import Job
+from smartdiff_jax.engine.memory import check_memory, device_memory
 from smartdiff_jax.engine.metrics import Metrics
 from smartdiff_jax.engine.output import GenerateOutput
 from smartdiff_jax.engine.pipeline import OnProgress, Pause, Pipeline
@@ -32,6 +34,7 @@ from smartdiff_jax.engine.shapes import Shapes
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.upgrade import Upgrades
 from smartdiff_jax.engine.warming import warm_defaults
+from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.stages.base import Progress
 
 MAX_MEDIA = 8
@@ -54,16 +57,20 @@ class Engine:
         limits: Limits,
         metrics: Metrics | None = None,
         loaders: Mapping[str, Callable[[], Pipeline]] | None = None,
+        announced: Mapping[str, Announced] | None = None,
     ):
-        """loaders: what makes a model's pipeline anew, for upgrades."""
+        """loaders: what makes a model's pipeline anew, for upgrades. announced: models that `load` loads by theirs; jobs for
+        them are taken before."""
         self.pipelines, self.store, self.artifacts, self.limits = dict(pipelines), store, artifacts, limits
+        self.models: dict[str, Announced] = dict(announced or {}) | self.pipelines
         self.queue = Queue()
         self._turn = self.queue.turn
         self.metrics = metrics or Metrics()
         self.costs = Costs(store.load_rates())
         self.name = f"engine_{secrets.token_hex(6)}"
         self.newest: dict[str, GenerateParams] = {}
-        self.upgrades = Upgrades(self, loaders or {})
+        self._loaders = dict(loaders or {})
+        self.upgrades = Upgrades(self, self._loaders)
         self.listeners: list[Callable[[str], None]] = []
         self._stopping = threading.Event()
         self._news = threading.Event()
@@ -77,6 +84,12 @@ class Engine:
                          (("device", self._device), ("keeper", self._keeper))]  # fmt: skip
 
     # What others ask of it, on any thread.
+
+    def load(self) -> Iterator[str]:
+        """Load what is announced alone; yields each model when it is there. Jobs that come wait."""
+        for model in [model for model in self.models if model not in self.pipelines]:
+            self.replace(model, self._loaders[model]())
+            yield model
 
     def warm(self, on_progress: OnProgress) -> Iterator[str]:
         """Compile what each model's default request needs; yields the models as they are warm. Jobs that come wait."""
@@ -113,7 +126,18 @@ class Engine:
         return not any(thread.ident is not None and not thread.is_alive() for thread in self._threads)
 
     def work_of(self, model: str, resolved: ResolvedParams) -> Work:
-        return work_of(self.pipelines[model], resolved)
+        return work_of(self.models[model], resolved)
+
+    def check_memory(self, model: str, resolved: ResolvedParams) -> None:
+        """Raises InvalidRequest for what can never fit the devices; what was made here before does."""
+        pipe = self.pipelines.get(model)
+        if pipe is not None and self.shapes.is_known(pipe, resolved):
+            return
+        try:
+            check_memory(self.models, model, resolved)
+        except InvalidRequest:
+            self.metrics.rejections.labels("memory").inc()
+            raise
 
     def adopt(self, limits: Limits, keys: Iterable[ApiKey]) -> None:
         """From now on these hold, for what is asked and for what waits; what runs is not stopped by them."""
@@ -123,10 +147,11 @@ class Engine:
             self.queue.adopt({key.name: key for key in keys})
         self._prefetch()
 
-    def replace(self, model: str, pipe: Pipeline) -> Pipeline:
+    def replace(self, model: str, pipe: Pipeline) -> Pipeline | None:
         """From now on jobs of `model` begin with `pipe`. Returns the one that served before."""
         with self._turn:
-            old, self.pipelines[model] = self.pipelines[model], pipe
+            old = self.pipelines.get(model)
+            self.models[model] = self.pipelines[model] = pipe
         return old
 
     def uses(self, pipe: Pipeline) -> bool:
@@ -382,7 +407,7 @@ class Engine:
     def _refresh(self) -> None:
         """What the store has waiting."""
         known = list(self.queue.waiting)
-        self.queue.renew(known, [job for job in self.store.waiting() if job.model in self.pipelines])
+        self.queue.renew(known, [job for job in self.store.waiting() if job.model in self.models])
 
     def _flush(self, job_id: str) -> None:
         self._dirty.discard(job_id)
@@ -399,8 +424,8 @@ class Engine:
 
     def _foresee(self) -> None:
         backlog, waiting, running = self.queue.foresee()
-        self.metrics.tell_queue(self.pipelines, waiting, running, backlog)
-        for kind, size in deliver.device_memory().items():
+        self.metrics.tell_queue(self.models, waiting, running, backlog)
+        for kind, size in device_memory().items():
             self.metrics.memory.labels(kind).set(size)
 
     def _tell(self, job_id: str) -> None:

@@ -146,13 +146,7 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         pad_id = find_pad_id(component.path, default=folder.require(source.encoder).config.get("pad_token_id"))
         tokenizers[source.tokenizer] = load_tokenizer(component.path), pad_id
         limits[source.tokenizer] = min(source.max_length, int(component.config.get("model_max_length", source.max_length)))
-    transformer = folder.require("transformer")
-    files = calibration_files(
-        folder,
-        spec.bundled,
-        system.cache_dir,
-        lambda: store_key(family.architectures["transformer"], configs["transformer"], transformer.files, dtype),
-    )
+    files = find_calibration(folder, spec, configs["transformer"], dtype, system.cache_dir)
     return LoadedModel(
         spec=spec,
         family=family,
@@ -169,6 +163,12 @@ def load_model(model: str | Path, weights: str | Path | None, system: SystemConf
         calibration_file=files[0],
         weights_id="-".join(folder.require(name).fingerprint for name in sorted(components)),
     )
+
+
+def find_calibration(folder: CheckpointFolder, spec: ModelSpec, config: Any, dtype: Any, cache_dir: Path) -> list[Path]:
+    """Where the model's calibration is looked for, as `calibration_files` has it. config: the denoiser's."""
+    architecture, transformer = FAMILIES[spec.family].architectures["transformer"], folder.require("transformer")
+    return calibration_files(folder, spec.bundled, cache_dir, lambda: store_key(architecture, config, transformer.files, dtype))
 
 
 def read_config(architecture: Architecture, component: Component) -> Any:

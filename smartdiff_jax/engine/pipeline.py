@@ -16,15 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Float
 
-from smartdiff_jax.cache.base import CachePolicy
 from smartdiff_jax.cache.recorder import Recorder
-from smartdiff_jax.config.model import ModelSpec
-from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams, resolve
+from smartdiff_jax.config.request import MAX_SEED, GenerateParams, ResolvedParams
 from smartdiff_jax.config.system import MeshConfig, SystemConfig
-from smartdiff_jax.engine.caching import describe_policy, executed_letters, memory_bytes, policy_for, skipped_share
+from smartdiff_jax.engine.announced import Announced, Course
+from smartdiff_jax.engine.caching import describe_policy, executed_letters, memory_bytes, skipped_share
 from smartdiff_jax.engine.calibration import MIN_STEPS, PROMPTS, Recording, numbers_from, signal_of, write_calibration
 from smartdiff_jax.engine.hosts import Lead
 from smartdiff_jax.engine.loading import LoadedModel, load_model
@@ -33,8 +30,6 @@ from smartdiff_jax.engine.output import GenerateOutput, Report
 from smartdiff_jax.errors import Cancelled, InvalidConfig, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.models.family import Conditioning
-from smartdiff_jax.samplers import SAMPLERS
-from smartdiff_jax.samplers.base import Sampler, Schedule, Spacing
 from smartdiff_jax.sharding.context_parallel import check_heads, wrap
 from smartdiff_jax.sharding.layout import Layout, describe_pieces
 from smartdiff_jax.sharding.mesh import describe
@@ -42,8 +37,8 @@ from smartdiff_jax.sharding.multihost import fetch
 from smartdiff_jax.stages.base import Progress
 from smartdiff_jax.stages.checkpoint import Checkpoint, to_host
 from smartdiff_jax.stages.decode import Decode
-from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, Expert, denoise, split_experts
-from smartdiff_jax.stages.guidance import GUIDANCE, combine_for, guidance_table
+from smartdiff_jax.stages.denoise import ChunkDone, DenoiseCarry, DenoiseLoop, denoise
+from smartdiff_jax.stages.guidance import GUIDANCE, combine_for
 from smartdiff_jax.stages.latents import check_latents, draw_noise
 from smartdiff_jax.stages.text import Branch, EncodedText, PromptEncoder, TextEncode
 from smartdiff_jax.weights.residency import holder
@@ -77,25 +72,11 @@ class Pause(Progress):
     preview: Callable[..., np.ndarray] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Course:
-    """How the loop will go for one request. scales: guidance, by step."""
-
-    sampler: Sampler
-    schedule: Schedule
-    experts: list[Expert]
-    scales: Float[np.ndarray, " max_steps"]
-    policy: CachePolicy
-    notes: tuple[str, ...]
-
-
-class Pipeline:
+class Pipeline(Announced):
     """A loaded model and its compiled stages."""
 
     def __init__(self, model: LoadedModel, system: SystemConfig):
-        self.spec: ModelSpec = model.spec
-        self.system = system
-        self._model = model
+        super().__init__(model, system)
         self._lead: Lead | None = None
         layout = Layout(model.mesh)
         check_heads(model.mesh, model.num_heads)
@@ -119,7 +100,6 @@ class Pipeline:
             model.dtype,
         )
         self._layout = layout
-        self._num_blocks = nnx.merge(model.denoiser_graph, model.denoisers[0]).num_blocks
         guidance = GUIDANCE["batched" if system.mesh.cfg > 1 else system.guidance](layout.as_branches)
         combine = combine_for(model.spec.sampling)
         self._loop = DenoiseLoop(model.denoiser_graph, attend, guidance, combine, model.dtype, layout)
@@ -199,54 +179,18 @@ class Pipeline:
                 on_progress(event)
         raise Cancelled("the request ended without a result")
 
-    def check(self, request: GenerateParams) -> ResolvedParams:
-        """The request with all defaults filled in, or InvalidRequest."""
-        return self._prepare(request)[0]
-
-    def _prepare(self, request: GenerateParams) -> tuple[ResolvedParams, _Course]:
-        """All that can be wrong with a request is found here, before anything runs."""
-        params = resolve(
-            request,
-            self.spec,
-            size_multiple=self._model.size_multiple,
-            frame_multiple=self._model.temporal_stride,
-            count_tokens=self._model.count_tokens,
-        )
-        sampler, defaults, steps = SAMPLERS[params.sampler], self.spec.sampling, params.num_inference_steps
-        schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
-        timesteps = np.asarray(schedule.timesteps)
-        experts = split_experts(self._denoisers, timesteps, steps, defaults.boundary)
-        scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
-        restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
-        policy, notes = policy_for(params, self._model.cache_numbers, schedule, restarts)
-        policy.check_model(self._num_blocks, 2 if defaults.guidance == "cfg" else 1)
-        return params, _Course(sampler, schedule, experts, scales, policy, notes)
-
     def forget_prompts(self) -> None:
         """Encode prompts anew that came before, which is to be measured."""
         self._text.forget()
-
-    def count_tokens(self, params: ResolvedParams) -> int:
-        """Of one output."""
-        return self._model.count_tokens(params.width, params.height, params.num_frames)
 
     def compile_decoder(self, params: ResolvedParams) -> None:
         """So that a picture of this size is not waited for when it is decoded."""
         self._decode.compile(self._model.latent_shape(params.width, params.height, params.num_frames))
 
     @property
-    def frame_multiple(self) -> int:
-        """Frames are 1 more than a multiple of it; 0 for a picture model."""
-        return self._model.temporal_stride
-
-    @property
     def weights_id(self) -> str:
         """Tells the weights from others of the same model, wherever they lie."""
         return self._model.weights_id
-
-    def describe(self) -> str:
-        """The devices and the dtype it computes in."""
-        return f"{describe(self._model.mesh)} {self._model.dtype.name}"
 
     def stream(
         self,
@@ -415,7 +359,7 @@ class Pipeline:
     def _denoise(
         self,
         params: ResolvedParams,
-        course: _Course,
+        course: Course,
         tokens: Any,
         branches: Conditioning,
         resume: Checkpoint | None = None,

@@ -22,6 +22,7 @@ from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.models.families import FAMILIES, Family
 from smartdiff_jax.models.family import Architecture, Conditioning
 from smartdiff_jax.sharding.mesh import replicated
+from smartdiff_jax.sharding.traffic import bytes_on_device
 from smartdiff_jax.sharding.workload import Attention, Parameter, Workload, mesh_of_numbers
 from smartdiff_jax.stages.decode import WHOLE_CLIP_LATENTS
 from smartdiff_jax.weights.folder import CheckpointFolder, open_folder
@@ -46,17 +47,18 @@ def outline(model: str | Path, dtype: Any = jnp.bfloat16, *, precision: str = "f
         return _known(name, jnp.dtype(dtype), precision)
     if Path(name).is_dir():
         folder = open_folder(Path(name))
-        return _assemble(spec_of(folder), folder, jnp.dtype(dtype), precision)
+        return outline_of(spec_of(folder), folder, jnp.dtype(dtype), precision)
     raise InvalidConfig("model", name, f"is no folder and no known name ({', '.join(known)}); download it first")
 
 
 @lru_cache(maxsize=4)
 def _known(name: str, dtype: Any, precision: str) -> LoadedModel:
     spec = known_models()[name]
-    return _assemble(spec, open_folder(bundled_folder(name)) if spec.bundled else None, dtype, precision)
+    return outline_of(spec, open_folder(bundled_folder(name)) if spec.bundled else None, dtype, precision)
 
 
-def _assemble(spec: ModelSpec, folder: CheckpointFolder | None, dtype: Any, precision: str) -> LoadedModel:
+def outline_of(spec: ModelSpec, folder: CheckpointFolder | None, dtype: Any, precision: str = "full") -> LoadedModel:
+    """`outline` of what has been found already. folder: None takes the numbers of the spec."""
     family = FAMILIES[spec.family]
     configs = _configs(spec, family, folder)
     nowhere = mesh_of_numbers(MeshConfig())
@@ -127,7 +129,7 @@ def resolve_size(model: LoadedModel, size: str | None) -> ResolvedParams:
 
 
 def workload(model: LoadedModel, size: str | None = None) -> Workload:
-    """What `model` (see `outline`) computes and keeps for one output of a size (see `resolve_size`).
+    """What `model` (see `outline`; a loaded one will do) computes and keeps for one output of a size (see `resolve_size`).
 
     Text is counted at the length the longest prompt is padded to, guidance at its default scale.
     """
@@ -170,9 +172,20 @@ def parameters(model: LoadedModel) -> dict[str, tuple[Parameter, ...]]:
     return {name: _leaves(weights) for name, weights in (*denoisers, *encoders, ("vae", model.vae[1]))}
 
 
+def weight_bytes(model: LoadedModel, mesh: MeshConfig) -> int:
+    """Of all components on one device of a mesh."""
+    return sum(bytes_on_device(leaves, name, _placement, mesh) for name, leaves in parameters(model).items())
+
+
 def _leaves(weights: nnx.State) -> tuple[Parameter, ...]:
-    leaves = ((dotted(path), variable.get_value()) for path, variable in nnx.to_flat_state(weights))
-    return tuple(Parameter(path, tuple(leaf.shape), leaf.dtype.itemsize) for path, leaf in leaves)
+    return tuple(_parameter(dotted(path), variable.get_value()) for path, variable in nnx.to_flat_state(weights))
+
+
+def _parameter(path: str, leaf: Any) -> Parameter:
+    """Blocks that lie apart (weights/apart.py) count as the stack they came from."""
+    if isinstance(leaf, tuple):
+        return Parameter(path, (len(leaf), *leaf[0].shape), leaf[0].dtype.itemsize)
+    return Parameter(path, tuple(leaf.shape), leaf.dtype.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)

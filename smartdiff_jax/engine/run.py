@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from smartdiff_jax.config.request import GenerateParams, ResolvedParams
+from smartdiff_jax.engine.announced import Announced
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
 from smartdiff_jax.engine.costs import Work
 from smartdiff_jax.engine.job import Job
@@ -123,12 +124,12 @@ class Run:
         return f"{place}, jax {jax.__version__}, smartdiff_jax {importlib.metadata.version('smartdiff_jax')}"
 
 
-def place_of(pipe: Pipeline) -> str:
+def place_of(pipe: Announced) -> str:
     """The model, and the devices it runs on."""
     return f"{pipe.spec.name}, {pipe.describe()}, {pipe.system.attention} attention, {pipe.system.guidance} guidance"
 
 
-def work_of(pipe: Pipeline, resolved: ResolvedParams) -> Work:
+def work_of(pipe: Announced, resolved: ResolvedParams) -> Work:
     """What a request is made of, by what `pipe.check` made of it: that takes a millisecond, and whoever asks has done it."""
     tokens = pipe.count_tokens(resolved)
     sampling = pipe.spec.sampling

@@ -109,9 +109,9 @@ class Upgrades:
         if self._leaving.is_set():
             raise Cancelled("the service is stopping")
 
-    def _drain(self, old: Pipeline) -> bool:
+    def _drain(self, old: Pipeline | None) -> bool:
         """Wait for the jobs that it began. False if the service stops before."""
-        while self._engine.uses(old):
+        while old is not None and self._engine.uses(old):
             if self._leaving.wait(POLL_SECONDS):
                 return False
         return True

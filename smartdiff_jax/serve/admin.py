@@ -29,8 +29,10 @@ def _view(service: Service, model: str, upgrade: Any) -> UpgradeView:
 
 
 def _known(service: Service, model: str) -> None:
-    if model not in service.engine.pipelines:
+    if model not in service.engine.models:
         not_found("model", model)
+    if model not in service.engine.pipelines:
+        raise ServiceError(503, f"{model} is being loaded", code="not_ready", retry_after=2.0)
 
 
 @router.get("/limits", response_model=LimitsView)

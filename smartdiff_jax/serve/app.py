@@ -90,14 +90,14 @@ async def metrics(service: ServiceOf, caller: Caller):
 
 @root.get("/v1/models", response_model=ModelList, tags=["models"])
 async def list_models(service: ServiceOf, caller: Caller):
-    return ModelList(data=[_model(pipe.spec) for pipe in service.engine.pipelines.values()])
+    return ModelList(data=[_model(pipe.spec) for pipe in service.engine.models.values()])
 
 
 @root.get("/v1/models/{model:path}", response_model=ModelView, tags=["models"])
 async def get_model(model: str, service: ServiceOf, caller: Caller):
-    if model not in service.engine.pipelines:
+    if model not in service.engine.models:
         not_found("model", model)
-    return _model(service.engine.pipelines[model].spec)
+    return _model(service.engine.models[model].spec)
 
 
 def _model(spec: Any) -> ModelView:

@@ -1,4 +1,5 @@
-"""A full queue is told before all else: no body is read, no model resolved, nothing asked of the store.
+"""Before a job is read: one that comes while the service starts waits until jobs are taken, and a full queue is told before all
+else: no body is read, no model resolved, nothing asked of the store.
 
 Under a burst nearly all requests end here, and those that do not, and all status calls, share one event loop with them.
 """
@@ -23,6 +24,7 @@ class EarlyRefusal:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in PATHS:
+            await self._service.arrival()
             if (refused := await self._refused(Request(scope))) is not None:
                 return await answer(refused)(scope, receive, send)
         await self.app(scope, receive, send)
@@ -31,7 +33,7 @@ class EarlyRefusal:
         service = self._service
         try:
             engine, caller = service.engine, service.caller(request)
-        except ServiceError:  # still loading, or no valid key: the route says so
+        except ServiceError:  # it has failed to start, or no valid key: the route says so
             return None
         try:
             refuse_if_full(engine, caller)

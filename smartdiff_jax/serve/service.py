@@ -32,6 +32,9 @@ NICE = 10
 READERS, WRITERS = 4, 2
 """Threads that ask the store at once. A status call waits for no submission, and only few threads compete with the event loop
 for the interpreter; SQLite has one writer anyway, beside which one more request can be resolved."""
+STARTING = "the service is starting"
+ARRIVAL_SECONDS = 30.0
+"""How long a job that comes first of all waits for somebody to take it: for JAX to be imported and the devices to be found."""
 POLL_SECONDS = 1.0
 """How often a job is looked up in the store besides when the engine here says that it changed: others may run it."""
 
@@ -61,12 +64,13 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.started, self._leaving = threading.Event(), threading.Event()
         self._adopting = threading.Lock()
+        self._unloaded: list[str] = []
         self._cold: list[str] = []
         self.is_leaving: Callable[[], bool] = lambda: False
         self.on_start: Callable[[Exception | None], object] = lambda failure: None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop, self._arrived = loop, asyncio.Event()
         self._readers, self._writers = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(WRITERS)
         for body, name in ((self._start, "load"), (self._watch, "settings")):
             threading.Thread(target=body, name=name, daemon=True).start()
@@ -76,9 +80,15 @@ class Service:
         try:
             engine = self._load()
             engine.listeners.append(self._changed)
-            self._cold = list(engine.pipelines)
+            self._unloaded = [model for model in engine.models if model not in engine.pipelines]
+            self._cold = list(engine.models)
             self._engine = engine  # which takes jobs from now on
             self._adopt()
+            self._arrive()
+            for model in engine.load():
+                log.info("%s is loaded", model)
+                self._unloaded.remove(model)
+                self._unless_leaving(None)
             for model in engine.warm(self._unless_leaving):
                 self._cold.remove(model)
             settle()
@@ -93,7 +103,19 @@ class Service:
                 log.exception("the models could not be loaded")
             self.on_start(error)
         finally:
+            self._arrive()
             self.started.set()
+
+    def _arrive(self) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def arrival(self) -> None:
+        """Until jobs are taken, or it has failed, or has taken longer than anybody should wait."""
+        if not self._arrived.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), ARRIVAL_SECONDS)
 
     def _unless_leaving(self, progress: Any) -> None:
         if self._leaving.is_set():
@@ -132,13 +154,17 @@ class Service:
         """Why a job would not be run at once, if so."""
         if self.failure is not None or self._is_running:
             return self.failure
-        return f"{', '.join(self._cold)}: being warmed; jobs wait" if self._cold else "the models are being loaded"
+        if self._engine is None:
+            return STARTING
+        if self._unloaded:
+            return f"{', '.join(self._unloaded)}: being loaded; jobs wait"
+        return f"{', '.join(self._cold)}: being warmed; jobs wait"
 
     @property
     def engine(self) -> Any:
-        """Raises 503 until it is loaded."""
-        if self._engine is None:
-            raise ServiceError(503, self._failure or "the models are being loaded", code="not_ready", retry_after=2.0)
+        """Raises 503 until it takes jobs, and where it will never run them."""
+        if self._engine is None or self._failure is not None:
+            raise ServiceError(503, self._failure or STARTING, code="not_ready", retry_after=2.0)
         return self._engine
 
     def caller(self, request: Request) -> ApiKey:

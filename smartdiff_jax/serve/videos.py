@@ -33,7 +33,7 @@ async def create_video(
     """Queue a video; the body may be JSON or a form."""
     body = await _body(request)
     engine = service.engine
-    models = Registry("model", engine.pipelines, error=InvalidRequest)
+    models = Registry("model", engine.models, error=InvalidRequest)
     pipe = models[body.model if body.model is not None else next(iter(models))]
     if pipe.spec.task != "t2v":
         raise InvalidRequest("model", pipe.spec.name, "makes pictures; use /v1/images/generations")

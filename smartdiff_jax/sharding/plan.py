@@ -60,8 +60,12 @@ class Plan:
     @property
     def stages(self) -> dict[str, int]:
         """Bytes of each stage by component under `stage`: its weights and what is made with them."""
-        made = {name: self.denoising for name in self.weights if name.startswith("transformer")} | {"vae": self.decoding}
-        return {name: size + made.get(name, 0) for name, size in self.weights.items()}
+        return {name: size + self.made.get(name, 0) for name, size in self.weights.items()}
+
+    @property
+    def made(self) -> dict[str, int]:
+        """Bytes of what is made with a component's weights, where they are counted."""
+        return {name: self.denoising for name in self.weights if name.startswith("transformer")} | {"vae": self.decoding}
 
     def step(self, outputs: int = 1) -> float:
         """Seconds of a step of so many outputs, `mesh.data` at a time."""

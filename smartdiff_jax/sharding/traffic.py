@@ -5,11 +5,12 @@ n = ceil(tokens / P) + ceil(text / P), rows of one device's piece of an attentio
 """
 
 import math
+from collections.abc import Iterable
 
 from jax.sharding import PartitionSpec
 
 from smartdiff_jax.config.system import MeshConfig
-from smartdiff_jax.sharding.workload import Attention, Parameter, Workload, mesh_of_numbers
+from smartdiff_jax.sharding.workload import Attention, Parameter, Placement, Workload, mesh_of_numbers
 
 VELOCITY_ITEMSIZE = 4  # the loop is float32 whatever the model is
 
@@ -88,9 +89,13 @@ def cfg(work: Workload, mesh: MeshConfig) -> int:
 
 def component_bytes(work: Workload, component: str, mesh: MeshConfig) -> int:
     """Of a component's weights on one device."""
+    return bytes_on_device(work.parameters[component], component, work.placement, mesh)
+
+
+def bytes_on_device(leaves: Iterable[Parameter], component: str, placement: Placement, mesh: MeshConfig) -> int:
+    """Of some of a component's parameters on one device."""
     places = mesh_of_numbers(mesh)
-    place = work.placement(component, places, mesh)
-    leaves = work.parameters[component]
+    place = placement(component, places, mesh)
     return sum(leaf.bytes_on_device(places, place(leaf.path, leaf.shape).spec) for leaf in leaves)
 
 

@@ -43,6 +43,7 @@ def fetch(repo_id: str, cache_dir: str | Path | None = None) -> Path:
     return folder
 
 
-def is_fetched(repo_id: str, cache_dir: str | Path) -> bool:
-    """Whether `fetch` has begun to download the repository into `cache_dir`: its index is there."""
-    return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, INDEX, cache_dir=cache_dir), str)
+def find_fetched(repo_id: str, cache_dir: str | Path) -> Path | None:
+    """Where `fetch` has downloaded the repository to, or has begun to; the network is not asked."""
+    index = huggingface_hub.try_to_load_from_cache(repo_id, INDEX, cache_dir=cache_dir)
+    return Path(index).parent if isinstance(index, str) else None

@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from smartdiff_jax.config.service import Limits, ServiceConfig
 from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.engine.announced import announce
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.engine import Engine
 from smartdiff_jax.engine.pipeline import Pipeline
@@ -22,8 +24,8 @@ from smartdiff_jax.serve.app import create_app
 
 @pytest.fixture
 def steps():
-    """load, warm: set to let the service go on to it."""
-    return {"load": threading.Event(), "warm": threading.Event()}
+    """take, load, warm: set to let the service go on to it."""
+    return {"take": threading.Event(), "load": threading.Event(), "warm": threading.Event()}
 
 
 @pytest.fixture
@@ -35,17 +37,25 @@ def folder(model, tmp_path):
 def app(folder, config, tmp_path, steps):
     class Stepwise(Engine):
         def warm(self, on_progress):
-            assert steps["warm"].wait(120)
+            assert steps["warm"].wait(60)
             yield from super().warm(on_progress)
 
-    def load():
-        assert steps["load"].wait(120)
-        pipe = Pipeline.from_pretrained(folder, system=SystemConfig.from_file(config))
-        pipe.spec = tiny.with_default(pipe.spec, 32, 32, 1)
-        store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
-        return Stepwise({"tiny-wan": pipe}, store, Artifacts(str(tmp_path / "artifacts")), Limits())
+    system = SystemConfig.from_file(config)
 
-    return create_app(ServiceConfig(), load)
+    def load():
+        assert steps["load"].wait(60)
+        pipe = Pipeline.from_pretrained(folder, system=system)
+        pipe.spec = tiny.with_default(pipe.spec, 32, 32, 1)
+        return pipe
+
+    def take():
+        assert steps["take"].wait(60)
+        known = announce(folder, system)
+        known.spec = tiny.with_default(known.spec, 32, 32, 1)
+        store, files = JobStore(f"sqlite:///{tmp_path}/jobs.db"), Artifacts(str(tmp_path / "artifacts"))
+        return Stepwise({}, store, files, Limits(), loaders={"tiny-wan": load}, announced={"tiny-wan": known})
+
+    return create_app(ServiceConfig(), take)
 
 
 def until(condition):
@@ -61,24 +71,42 @@ def reason(http):
     return answer.json()["error"]["message"]
 
 
-def test_ready_is_said_when_all_is_warm_and_jobs_are_taken_before(app, steps):
-    with TestClient(app) as http:
-        assert "loaded" in reason(http) and http.post("/v1/jobs", json={"prompt": "a", **SMALL}).status_code == 503
+def test_jobs_are_taken_before_a_model_is_loaded_and_ready_is_said_when_all_is_warm(app, steps):
+    def ask(**fields):
+        return http.post("/v1/jobs", json={"prompt": "a", "seed": 3, "num_inference_steps": 4, **fields})
+
+    def state(answer):
+        return http.get(f"/v1/jobs/{answer.json()['id']}").json()["state"]
+
+    with TestClient(app) as http, ThreadPoolExecutor() as others:
+        assert "starting" in reason(http) and http.get("/v1/models").status_code == 503
+        early = others.submit(ask)
+        time.sleep(0.1)
+        assert not early.done()
+        steps["take"].set()
+        taken = [early.result(60)]
+        assert "tiny-wan: being loaded; jobs wait" in reason(http)
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["tiny-wan"]
+        taken.append(ask(size="32x32", num_frames=1))
+        assert taken[0].json()["params"]["size"] == [32, 32]  # the model's default is known by its files
+        refused = [ask(model="none"), ask(size="33x32"), ask(cache="blockdance", cache_params={"block": 99})]
+        assert [answer.status_code for answer in refused] == [400, 400, 400]
+        assert "the model has 2 blocks" in refused[2].json()["error"]["message"]
+        assert http.post("/admin/models/tiny-wan").status_code == 503
         steps["load"].set()
         until(lambda: "tiny-wan: being warmed" in reason(http))
-        taken = http.post("/v1/jobs", json={"prompt": "a", **SMALL})
-        job = taken.json()["id"]
-        assert taken.status_code == 202 and http.get(f"/v1/jobs/{job}").json()["state"] == "queued"
+        taken.append(ask())
+        assert [answer.status_code for answer in taken] == [202] * 3 and {state(job) for job in taken} == {"queued"}
         steps["warm"].set()
         until(lambda: http.get("/readyz").status_code == 200)
-        until(lambda: http.get(f"/v1/jobs/{job}").json()["state"] == "succeeded")
+        until(lambda: [state(job) for job in taken] == ["succeeded"] * 3)
 
 
 def test_who_leaves_while_it_warms_does_not_wait_for_it(app, steps):
     failures = []
     app.state.service.on_start = failures.append
     with TestClient(app) as http:
-        steps["load"].set()
+        steps["take"].set(), steps["load"].set()
         until(lambda: "being warmed" in reason(http))
         threading.Timer(0.5, steps["warm"].set).start()
     assert app.state.service.started.is_set() and failures == [] and app.state.service._cold == ["tiny-wan"]
@@ -90,7 +118,12 @@ def test_a_model_that_cannot_be_warmed_is_told_as_one_that_cannot_be_loaded(app,
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({key: value * np.float32("nan") for key, value in load_file(file).items()}, file)
     with TestClient(app) as http:
+        steps["take"].set()
+        until(lambda: "being loaded" in reason(http))
+        job = {"prompt": "a", **SMALL}
+        assert http.post("/v1/jobs", json=job).status_code == 202
         steps["load"].set(), steps["warm"].set()
         until(lambda: http.get("/healthz").status_code == 503)
+        assert http.post("/v1/jobs", json=job).status_code == 503
         assert "hold no numbers" in http.get("/readyz").json()["error"]["message"]
     assert "weights='tiny-wan'" in str(failures[0])
