@@ -78,11 +78,12 @@ class Run:
         return refused
 
     def compile(self) -> None:
-        """Up to the first step, which compiles all that the request needs; on no thread that others wait for."""
+        """Up to the first step, which compiles all that the request needs; on no thread that others wait for. A job that was
+        saved after its last step has come to its decoding by then."""
         self.pipe.compile_decoder(self.resolved)
         event = self._next()
-        assert isinstance(event, Pause) and event.done < event.total
-        self.progress = self._pause = event
+        assert isinstance(event, Progress)
+        self.progress, self._pause = event, event if isinstance(event, Pause) else None
 
     def _next(self) -> Progress | GenerateOutput:
         try:

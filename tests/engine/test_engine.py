@@ -17,6 +17,7 @@ from smartdiff_jax.engine import store as stores
 from smartdiff_jax.engine.admission import Submission, admit
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.engine import Engine
+from smartdiff_jax.engine.pipeline import Pause
 from smartdiff_jax.engine.run import CHECKPOINT, Run
 from smartdiff_jax.engine.store import JobStore, QueueFull
 from smartdiff_jax.errors import InvalidRequest
@@ -152,6 +153,18 @@ def test_a_stopped_engine_saves_and_another_ends_in_the_same_bits(bench, pipe):
     expected = bench.folder / "whole.mp4"
     pipe(**params).save(expected)
     assert (bench.folder / "artifacts" / job.id / "output.mp4").read_bytes() == expected.read_bytes()
+
+
+def test_a_job_saved_after_its_last_step_goes_on_with_its_decoding(bench, pipe):
+    """In an engine that has not compiled its shape yet."""
+    engine, job = bench.engine(), bench.submit()
+    run = Run(job, pipe)
+    run.open(None)
+    last = next(event for event in run._stream if isinstance(event, Pause) and event.done == event.total)
+    bench.artifacts.write(job.id, CHECKPOINT, last.checkpoint().to_bytes(run.fingerprint))
+    engine.start()
+    assert bench.wait(job).state == "succeeded"
+    assert engine.metrics.registry.get_sample_value("smartdiff_resumed_jobs_total", {"model": "tiny"}) == 1
 
 
 def test_a_checkpoint_that_cannot_be_read_is_done_without(bench):

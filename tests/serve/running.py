@@ -44,10 +44,23 @@ class Server:
         return Client(self.url, **options)
 
 
-def start(model, config, folder, *arguments, ready=True):
-    """Start one in `folder`, where its store and its files are; wait until it takes jobs."""
+def start(model, config, folder, *arguments, ready=True, before=""):
+    """Start one in `folder`, where its store and its files are; wait until it runs jobs. before: Python that it runs first."""
     log = folder / f"log-{time.monotonic_ns()}.txt"
-    command = [*COMMAND, "serve", "--model", str(model), "--port", "0", "--config", str(config), *arguments]
+    python, option, code = COMMAND  # noqa
+    command = [
+        python,
+        option,
+        before + code,
+        "serve",
+        "--model",
+        str(model),
+        "--port",
+        "0",
+        "--config",
+        str(config),
+        *arguments,
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, stderr=out, stdout=out)
     server = Server(process, "", folder, log)
