@@ -122,6 +122,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # from now on nobody is refused: who comes before the server runs waits for it
         return listening
     except OSError as error:
         raise InvalidConfig("port", port, f"cannot be listened on at {host} ({error.strerror}); choose another") from None

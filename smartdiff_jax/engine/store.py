@@ -21,6 +21,8 @@ from smartdiff_jax.errors import InvalidConfig, SmartdiffError
 
 LEASE_SECONDS = 15.0
 """How long an engine may be silent before another takes its jobs up."""
+IMPOSSIBLE_SECONDS = 4 * LEASE_SECONDS
+"""A lease that goes on for longer was given before the clock was set back, and may be a dead engine's."""
 MAX_ATTEMPTS = 5
 """How often a job is begun without getting further; one that kills its engine every time must end."""
 POISONED = {"code": "engine_died", "message": f"the engine died {MAX_ATTEMPTS} times while it ran this job"}
@@ -295,8 +297,9 @@ class JobStore:
             return connection.execute(query).rowcount == 1
 
     def _claimable(self) -> Any:
-        lapsed = (jobs.c.state == "running") & (jobs.c.lease_until < self._clock())
-        return (jobs.c.state == "queued") | lapsed
+        now = self._clock()
+        over = (jobs.c.lease_until < now) | (jobs.c.lease_until > now + IMPOSSIBLE_SECONDS)
+        return (jobs.c.state == "queued") | ((jobs.c.state == "running") & over)
 
     def _visible(self) -> Any:
         return _unexpired(self._clock())

@@ -28,9 +28,9 @@ SMALL = dict(prompt="a red fox", size="32x32", num_frames=5, num_inference_steps
 class Bench:
     """A store and a folder, and engines over them."""
 
-    def __init__(self, folder, pipe):
+    def __init__(self, folder, pipe, url=None):
         self.folder, self.pipe, self.engines = folder, pipe, []
-        self.store = JobStore(f"sqlite:///{folder}/jobs.db")
+        self.store = JobStore(url or f"sqlite:///{folder}/jobs.db")
         self.artifacts = Artifacts(str(folder / "artifacts"))
 
     def engine(self, **config):
@@ -51,6 +51,11 @@ class Bench:
             time.sleep(0.01)
         raise AssertionError(f"{now} after {seconds} s")
 
+    def close(self):
+        for engine in self.engines:
+            engine.stop()
+        self.store.close()
+
     def wait_for(self, condition, seconds=180.0):
         until = time.monotonic() + seconds
         while not condition():
@@ -62,9 +67,7 @@ class Bench:
 def bench(tmp_path, pipe):
     bench = Bench(tmp_path, pipe)
     yield bench
-    for engine in bench.engines:
-        engine.stop()
-    bench.store.close()
+    bench.close()
 
 
 def test_a_job_ends_in_the_pictures_the_pipeline_makes(bench, pipe, monkeypatch):

@@ -1,13 +1,8 @@
 """What jobs survive: two engines at one store, silence, ids used twice, time."""
 
 import dataclasses
-import os
-import shutil
 import sqlite3
-import subprocess
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -33,30 +28,11 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    """URL of a PostgreSQL server of our own, on a socket in a folder."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short
-    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
-    if user:
-        shutil.chown(folder, "postgres")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True, **user}
-    subprocess.run([programs[-1] / "initdb", "-D", folder / "data", "-U", "me", "--auth=trust", "--no-sync"], **quiet)
-    options = f"-k {folder} -c listen_addresses= -c fsync=off"
-    subprocess.run([programs[-1] / "pg_ctl", "-D", folder / "data", "-w", "-o", options, "start"], **quiet)
-    yield f"postgresql+psycopg://me@/postgres?host={folder}"
-    subprocess.run([programs[-1] / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], **quiet)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture(params=["sqlite", "postgres"])
 def url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
-    url = request.getfixturevalue("postgres")
+    url = request.getfixturevalue("postgres").url
     database = sqlalchemy.create_engine(url)
     metadata.drop_all(database)
     database.dispose()
@@ -132,6 +108,17 @@ def test_a_silent_engine_loses_its_jobs_and_a_living_one_keeps_them(store, clock
     assert store.heartbeat("dead", [dead.id]) == {} and not store.progress(dead.id, "dead", done=4)
     assert not store.finish(dead.id, "dead", "succeeded") and not store.release(dead.id, "dead")
     assert store.finish(dead.id, "alive", "succeeded")
+
+
+def test_leases_from_before_a_clock_was_set_back_hold_nobody_up(store, clock):
+    dead, alive = submit(store, clock), submit(store, clock)
+    store.claim(dead.id, "dead"), store.claim(alive.id, "alive")
+    clock.now -= 5  # what the clocks of two hosts may differ by
+    assert store.waiting() == []
+    clock.now -= 3600
+    assert store.heartbeat("alive", [alive.id]) == {alive.id: (False, "normal")}
+    assert [job.id for job in store.waiting()] == [dead.id] and store.claim(dead.id, "alive").attempts == 2
+    assert store.waiting() == [] and store.finish(dead.id, "alive", "succeeded")
 
 
 def test_a_job_that_kills_its_engines_ends_and_progress_forgives(store, clock):
