@@ -5,6 +5,7 @@ test_faults.py runs some of all pairs. All of them, and a job that kills every s
     python tests/serve/faults.py
 """
 
+import contextlib
 import dataclasses
 import itertools
 import signal
@@ -16,7 +17,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import httpx2
 import running
+
+from smartdiff_jax.client import ServiceError
 
 STAGES = "queued", "denoising", "decoding", "writing", "idle"
 NUMBERS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -79,6 +83,28 @@ def hurt_one_after_another(faults, model, config, folder):
     return jobs
 
 
+def ask_what_kills_every_server(model, config, folder):
+    """Returns how many servers it killed before it was given up, and the last, which lives, made another job."""
+    job = None
+    for number in range(10):
+        (folder / "hurt").unlink(missing_ok=True)
+        (folder / "armed").touch()
+        server = running.start(model, config, folder, ready=False, before=Fault(signal.SIGKILL, "decoding").hook)
+        with server.client() as client:
+            job = job or client.submit(**JOB, seed=0)
+            while server.process.poll() is None:
+                with contextlib.suppress(httpx2.TransportError, ServiceError):
+                    if (now := client.get(job.id)).is_final:
+                        assert (now.state, now.error["code"]) == ("failed", "engine_died"), now
+                        (folder / "armed").rename(folder / "hurt")
+                        assert client.generate(**JOB, seed=1).state == "succeeded"
+                        server.stop()
+                        return number
+                time.sleep(0.05)
+        server.outlive_leases()
+    raise AssertionError("it was never given up")
+
+
 def wait_for(client, jobs, seconds=300):
     """What became of them."""
     until = time.monotonic() + seconds
@@ -111,6 +137,8 @@ def main():
         model, config = tiny.write_folder(Path(name) / "tiny-wan"), Path(name) / "system.yaml"
         limits = {"checkpoint_seconds": 0.05, "max_megapixels": 0.35}
         config.write_text(json.dumps({"cache_dir": f"{name}/cache", "dtype": "float32", "service": limits}))
+        killed = ask_what_kills_every_server(model, config, other)
+        print(f"a job that kills every server was given up after {killed} of them")
         pairs = [Fault(number, stage) for stage, number in itertools.product(STAGES, NUMBERS)]
         jobs = hurt_one_after_another(pairs, model, config, folder)
         last, whole = running.start(model, config, folder), running.start(model, config, other)
