@@ -62,7 +62,8 @@ class Engine:
         """loaders: what makes a model's pipeline anew, for upgrades. announced: models that `load` loads by theirs; jobs for
         them are taken before."""
         self.pipelines, self.store, self.artifacts, self.limits = dict(pipelines), store, artifacts, limits
-        self.models: dict[str, Announced] = dict(announced or {}) | self.pipelines
+        self._announced = dict(announced or {})
+        self.models: dict[str, Announced] = self._announced | self.pipelines
         self.queue = Queue()
         self._turn = self.queue.turn
         self.metrics = metrics or Metrics()
@@ -129,15 +130,16 @@ class Engine:
         return work_of(self.models[model], resolved)
 
     def check_memory(self, model: str, resolved: ResolvedParams) -> None:
-        """Raises InvalidRequest for what can never fit the devices; what was made here before does."""
-        pipe = self.pipelines.get(model)
-        if pipe is not None and self.shapes.is_known(pipe, resolved):
+        """Raises InvalidRequest for what can never fit the devices; what was made on such devices before does."""
+        if self.costs.estimate(self.work_of(model, resolved)).measured:
             return
         try:
-            check_memory(self.models, model, resolved)
+            check_memory(self.models | self._announced, model, resolved)
         except InvalidRequest:
             self.metrics.rejections.labels("memory").inc()
             raise
+        except Exception:  # then it is taken, as where devices do not tell what they have
+            log.exception("what %s needs for %dx%d cannot be planned", model, resolved.width, resolved.height)
 
     def adopt(self, limits: Limits, keys: Iterable[ApiKey]) -> None:
         """From now on these hold, for what is asked and for what waits; what runs is not stopped by them."""

@@ -67,7 +67,7 @@ def test_what_a_card_cannot_hold_of_a_known_model_is_refused(tmp_path, monkeypat
     check_memory({"wan": model}, "wan", params)
 
 
-def test_admission_refuses_it_unless_it_was_made_here_before(pipe, monkeypatch, tmp_path):
+def test_admission_refuses_it_unless_it_was_made_on_such_devices_before(pipe, monkeypatch, tmp_path, caplog):
     store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
     engine = Engine({"tiny": pipe}, store, Artifacts(str(tmp_path / "artifacts")), Limits())
     device_of(monkeypatch, 1000)
@@ -75,6 +75,10 @@ def test_admission_refuses_it_unless_it_was_made_here_before(pipe, monkeypatch, 
         admit(engine, EVERYONE, Submission(CLIP))
     assert store.count() == {}
     assert engine.metrics.registry.get_sample_value("smartdiff_rejections_total", {"reason": "memory"}) == 1
-    engine.shapes.remember(pipe, pipe.check(CLIP))
+    with monkeypatch.context() as patch:
+        patch.setattr(Announced, "plan", lambda *args: 1 / 0)
+        assert admit(engine, EVERYONE, Submission(CLIP))[1] and "cannot be planned" in caplog.text
+    work = engine.work_of("tiny", pipe.check(CLIP))
+    engine.costs.observe(work, "denoise", 1.0), engine.costs.observe(work, "decode", 1.0)
     assert admit(engine, EVERYONE, Submission(CLIP))[1]
     store.close()
