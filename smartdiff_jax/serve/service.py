@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -112,10 +113,11 @@ class Service:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def arrival(self) -> None:
-        """Until jobs are taken, or it has failed, or has taken longer than anybody should wait."""
-        if not self._arrived.is_set():
+        """Until jobs are taken, or it has failed or is asked to stop, or has taken longer than anybody should wait."""
+        until = time.monotonic() + ARRIVAL_SECONDS
+        while not (self._arrived.is_set() or self.is_leaving() or time.monotonic() > until):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), ARRIVAL_SECONDS)
+                await asyncio.wait_for(self._arrived.wait(), LOOK_SECONDS)
 
     def _unless_leaving(self, progress: Any) -> None:
         if self._leaving.is_set():

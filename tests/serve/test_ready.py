@@ -102,6 +102,16 @@ def test_jobs_are_taken_before_a_model_is_loaded_and_ready_is_said_when_all_is_w
         until(lambda: [state(job) for job in taken] == ["succeeded"] * 3)
 
 
+def test_who_waits_for_a_service_that_is_asked_to_stop_is_told_at_once(app, steps):
+    with TestClient(app) as http, ThreadPoolExecutor() as others:
+        early = others.submit(http.post, "/v1/jobs", json={"prompt": "a", **SMALL})
+        time.sleep(0.1)
+        assert not early.done()
+        app.state.service.is_leaving = lambda: True
+        assert early.result(10).status_code == 503
+        steps["take"].set(), steps["load"].set(), steps["warm"].set()
+
+
 def test_who_leaves_while_it_warms_does_not_wait_for_it(app, steps):
     failures = []
     app.state.service.on_start = failures.append
