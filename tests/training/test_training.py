@@ -305,7 +305,7 @@ def test_queries_without_a_scale_learn_as_much_more_slowly(finished):
     rates = TRAINEES["wan"].rates(finished.text_encoder.config)
     optimizer = flow_matching.make_optimizer(finished.recipe.denoiser, rates)
     ((name, rate),) = rates.items()
-    assert rate == finished.text_encoder.config.d_kv ** -0.5
+    assert rate == finished.text_encoder.config.d_kv**-0.5
     assert optimizer.lr_scale[name] == rate and name in finished._average("denoiser")
 
 
