@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 import tiny
 from jax import monitoring
 
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.pipeline import Pipeline
+from smartdiff_jax.engine.store import metadata
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -81,7 +83,7 @@ class Postgres:
 
 
 @pytest.fixture(scope="session")
-def postgres():
+def postgres_server():
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
@@ -91,3 +93,12 @@ def postgres():
     yield server
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres(postgres_server):
+    """The server, empty: its database is one for all tests."""
+    database = sqlalchemy.create_engine(postgres_server.url)
+    metadata.drop_all(database)
+    database.dispose()
+    return postgres_server

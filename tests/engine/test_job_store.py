@@ -5,13 +5,12 @@ import sqlite3
 import threading
 
 import pytest
-import sqlalchemy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smartdiff_jax.engine.artifacts import Artifacts, StorageFailed
 from smartdiff_jax.engine.job import FINAL, TRANSITIONS, Job, new_id
-from smartdiff_jax.engine.store import LEASE_SECONDS, MAX_ATTEMPTS, IdempotencyConflict, JobStore, QueueFull, metadata
+from smartdiff_jax.engine.store import LEASE_SECONDS, MAX_ATTEMPTS, IdempotencyConflict, JobStore, QueueFull
 from smartdiff_jax.errors import InvalidConfig
 
 
@@ -32,11 +31,7 @@ def clock():
 def url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
-    url = request.getfixturevalue("postgres").url
-    database = sqlalchemy.create_engine(url)
-    metadata.drop_all(database)
-    database.dispose()
-    return url
+    return request.getfixturevalue("postgres").url
 
 
 @pytest.fixture
