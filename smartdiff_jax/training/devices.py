@@ -72,7 +72,7 @@ def one(tree: T) -> T:
     the one of sampling would meet that of training in one program."""
 
     def copy(leaf: jax.Array) -> jax.Array:
-        (device, *_) = sorted(leaf.devices(), key=lambda device: device.id)
-        return jax.device_put(leaf.addressable_shards[0].data, device)
+        shard = leaf.addressable_shards[0]
+        return jax.device_put(shard.data, shard.device)
 
     return jax.tree.map(copy, tree)

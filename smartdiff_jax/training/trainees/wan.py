@@ -4,7 +4,7 @@ Upstream's start (0.02 for the text and time embedders, cross-attention behind i
 model that starts so stays deaf to its text. Two heads of the text encoder start by looking at the word before and the word
 behind; without, a model of this size reads a bag of words, and swaps the colours of an object and its background. The
 first two checkpoints became that all the same: T5 does not scale its logits, its queries are small instead, and steps as
-large as those of any other matrix had brought the logits to 30, beside which positions do not count. So queries learn as
+large as those of any other matrix had brought the logits to about 30, beside which positions do not count. So queries learn as
 much more slowly as they are smaller.
 """
 
