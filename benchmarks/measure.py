@@ -19,6 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+LINE = 240
+"""Characters of a line of a result file, unless one list of figures is longer."""
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -92,10 +95,11 @@ def write(name: str, results: dict, file: Path | None = None) -> Path:
 
 
 def laid_out(value: Any, indent: str = "") -> str:
-    """JSON with a line for every list and object that holds no other: rows of figures that one can read, in half the space."""
+    """JSON with one line for what fits into it, or holds nothing nested: rows one can read, in half the space."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    if not any(isinstance(part, dict | list | tuple) for part in inner):
-        return json.dumps(value)
+    flat = json.dumps(value)
+    if len(indent + flat) <= LINE or not any(isinstance(part, dict | list | tuple) for part in inner):
+        return flat
     deeper = indent + " "
     if isinstance(value, dict):
         parts, ends = [f"{json.dumps(str(key))}: {laid_out(part, deeper)}" for key, part in value.items()], "{}"

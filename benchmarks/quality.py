@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,14 @@ def main() -> None:
         sheet(np.stack([clip for _, clip in shown]), [prompt for prompt, _ in shown], arguments.sheet)
     if not arguments.dry_run:
         resolved = pipe("", seed=0, **settings, output_type="latent").report.params
-        print(write(f"quality-{recipe.name}", {"stamp": stamp(), "params": resolved, **report}))
+        tables = {name: table(part) if isinstance(part, list) else part for name, part in report.items()}
+        print(write(f"quality-{recipe.name}", {"stamp": stamp(), "params": resolved, **tables}))
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows whose names are told once: columns in the order they first come, None where a row has none."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows]}
 
 
 if __name__ == "__main__":
