@@ -38,10 +38,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--num-inference-steps", type=int)
+    parser.add_argument("--cache-ratio", type=float, help="with cache=auto")
+    parser.add_argument("--config", type=Path, help="YAML file of system parameters")
     parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (.png)")
     parser.add_argument("--dry-run", action="store_true", help="do not write the result file")
     arguments = parser.parse_args()
-    pipe = Pipeline.from_pretrained(arguments.model)
+    pipe = Pipeline.from_pretrained(arguments.model, system=arguments.config)
     recipe = load_recipe(arguments.recipe or arguments.model)
     atlas = atlas_file.load(arguments.atlas or ROOT / "data" / recipe.atlas.file)
     task, size = recipe.served_by.task, recipe.output
@@ -49,6 +51,8 @@ def main() -> None:
     # As the recipe serves it: a folder by itself would get what large models of its family do, their negative prompt too.
     settings = {name: getattr(recipe.served_as, name) for name in SERVED}
     asked = {"guidance_scale": arguments.guidance_scale, "num_inference_steps": arguments.num_inference_steps}
+    if arguments.cache_ratio is not None:
+        asked |= {"cache": "auto", "cache_ratio": arguments.cache_ratio}
     settings |= {name: value for name, value in asked.items() if value is not None}
     settings |= {"size": (size.width, size.height), "num_frames": size.num_frames}
     kept: list[tuple[str, np.ndarray]] = []
