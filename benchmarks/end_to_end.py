@@ -11,7 +11,8 @@ and with +fp8 the blocks' products are in 8 bits too (SystemConfig: attention, p
 in the same process, that denoising reaches by the model's own arithmetic. Where a step's time goes, by its kernels. The
 first picture of a fresh process, once with nothing compiled and once with all of it on disk.
 diffusers, where torch, diffusers and transformers are, runs in a process of its own before: the same size, steps, guidance,
-dtype and lengths of text, eager and with its blocks compiled, to pixels on the host.
+dtype and lengths of text, eager and with its blocks compiled, to pixels on the host. Where cache-dit is too, diffusers once more
+with it, at every --cache-ratio, which skips as many steps as ours.
 
 Pictures of random weights mean nothing and take the same time; a clip's file takes longer to write, as noise does.
 Writes benchmarks/results/end-to-end-<device>.json after every model; those measured before on that device are kept.
@@ -36,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measure import child, result_file, stamp, time_calls, write  # noqa: E402
 from benchmarks.random_model import problem, prompt_of, random_model  # noqa: E402
 
-PEER = ROOT / "benchmarks" / "peers" / "diffusers_end_to_end.py"
+PEERS = ROOT / "benchmarks" / "peers"
 MODELS = ("wan2.1-t2v-1.3b", "flux1-dev", "flux2-klein-4b", "qwen-image", "z-image")
 TRACED = 4
 """Steps that are traced, after one that is not."""
@@ -220,12 +221,19 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def measured(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in processes of its own: the peer, ours, and ours once more with all compiled."""
+    from smartdiff_jax.cache.auto import FEW_STEPS
+
     task = problem(model, arguments.tiny, arguments.steps)
     row: dict[str, Any] = {"problem": task}
     if not arguments.no_peer:
-        told = [json.dumps(task), "--repeats", str(arguments.repeats)] + ["--no-eager"] * arguments.no_eager
-        row["diffusers"] = child([str(PEER), *told], arguments.peer_python)
-        _tell(model, "diffusers", row["diffusers"])
+        told, no_eager = [json.dumps(task), "--repeats", str(arguments.repeats)], ["--no-eager"] * arguments.no_eager
+        peers = {"diffusers": (PEERS / "diffusers_end_to_end.py", no_eager)}
+        if arguments.cache_ratio and task["sampling"]["num_inference_steps"] > FEW_STEPS:
+            ratios = ["--cache-ratio", *map(str, arguments.cache_ratio)]
+            peers["cache-dit"] = PEERS / "cache_dit_end_to_end.py", ratios
+        for peer, (file, more) in peers.items():
+            row[peer] = child([str(file), *told, *more], arguments.peer_python)
+            _tell(model, peer, row[peer])
     shared = ["--model", model, "--repeats", str(arguments.repeats)] + ["--tiny"] * arguments.tiny
     shared += ["--kernels", *arguments.kernels]
     shared += [word for ratio in arguments.cache_ratio for word in ("--cache-ratio", str(ratio))]

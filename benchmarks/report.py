@@ -21,6 +21,7 @@ from smartdiff_jax.evaluation.plot import bar_plot  # noqa: E402
 
 DEVICE = "nvidia-h100-80gb-hbm3"
 MODELS = ("wan2.1-t2v-1.3b", "flux1-dev", "flux2-klein-4b", "qwen-image", "z-image")
+PEERS = ("diffusers", "cache-dit")
 STAGES = ("text", "denoise", "decode", "media")
 KINDS = {
     "attention": ("attention",),
@@ -85,6 +86,12 @@ def to_pixels(row: Mapping[str, Any] | None) -> float | None:
     return median((row or {}).get("pixels") or (row or {}).get("total"))
 
 
+def peer_settings(one: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of all peers of a model, by peer and setting."""
+    found = {peer: one.get(peer, {}).get("settings", {}) for peer in PEERS}
+    return {f"{peer}, {name}": row for peer, rows in found.items() for name, row in rows.items()}
+
+
 def end_to_end(results: Results) -> list[str]:
     """From the prompt to the pixels and the file: seconds in all, and by stage."""
     found = results("end-to-end").get("models", {})
@@ -107,9 +114,9 @@ def end_to_end(results: Results) -> list[str]:
                 + [cell(median(row["total"])), f"{row['peak_gb']:.1f}", skipped, f"{row['of_product']:.0%}"]
             )
             by_stage.append([model, name, *(cell(median(row["stages"].get(stage)), 3) for stage in STAGES)])
-        for name, row in peers.items():
-            name = f"diffusers, {name}"
-            rows.append([_what(model, one), name, cell(to_pixels(row)), "", "", "", f"{row['peak_gb']:.1f}", "", ""])
+        for name, row in peer_settings(one).items():
+            skipped = f"{row['skipped']:.0%}" if row.get("skipped") else ""
+            rows.append([_what(model, one), name, cell(to_pixels(row)), "", "", "", f"{row['peak_gb']:.1f}", skipped, ""])
             by_stage.append([model, name, *(cell(median(row["stages"].get(stage)), 3) for stage in STAGES[:3]), ""])
     head = ["model", "kernel, cache", "prompt to pixels, s", "to compiled", "to eager", "to the file, s", "peak, GB", "skipped"]
     lines = ["## From the prompt to the picture", "", *table([*head, "of a product"], rows), ""]
@@ -229,11 +236,7 @@ def where(results: Results) -> tuple[list[str], dict[str, Any]]:
     """Where the time goes: bars of the stages, and of a step. What each plot needs, by its file."""
     stages, totals, steps, step_totals = {}, {}, {}, {}
     for model, one in results("end-to-end").get("models", {}).items():
-        peers = one.get("diffusers", {}).get("settings", {})
-        for name, row in (
-            *one["ours"].get("settings", {}).items(),
-            *((f"diffusers {name}", row) for name, row in peers.items()),
-        ):
+        for name, row in (*one["ours"].get("settings", {}).items(), *peer_settings(one).items()):
             label = ", ".join([model, *(part.replace("_ratio", "") for part in name.split(", ") if part != "auto")])
             if row.get("stages"):
                 stages[label] = {stage: median(row["stages"][stage]) for stage in STAGES if stage in row["stages"]}

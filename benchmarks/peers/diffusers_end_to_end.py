@@ -105,9 +105,10 @@ class Bench:
         stages = {"text": encoded - began, "denoise": self.decoded_from - encoded, "decode": done - self.decoded_from}
         return {"total": done - began} | stages
 
-    def setting(self, repeats: int) -> dict:
+    def setting(self, repeats: int, whole_warmup: bool = False) -> dict:
+        """whole_warmup: where steps are not alike, two do not compile all."""
         call = self.arguments()
-        self.once(call | {"num_inference_steps": 2})  # compiles, and searches
+        self.once(call if whole_warmup else call | {"num_inference_steps": 2})  # compiles, and searches
         forget_peak()
         runs = [self.once(call) for _ in range(repeats)]
         spread = {

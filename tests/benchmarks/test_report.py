@@ -37,7 +37,8 @@ def test_a_run_fills_its_rows(tmp_path):
     start["process_to_first_picture_s"] = 33.0
     stamp = {"device": "Card 9", "commit": "abc"}
     model = {"problem": {"task": "t2v", "sampling": sampling}, "stamp": stamp, "cold_start": start}
-    model |= {"ours": {"settings": ours}, "diffusers": {"settings": peer}}
+    cached = {"compiled, cache_ratio 0.5": {"total": seconds(6.0, 6, 6), "stages": {}, "peak_gb": 31.0, "skipped": 0.5}}
+    model |= {"ours": {"settings": ours}, "diffusers": {"settings": peer}, "cache-dit": {"settings": cached}}
     results = tmp_path / "end-to-end-card-9.json"
     results.write_text(json.dumps({"stamp": stamp, "models": {"wan2.1-t2v-1.3b": model}}))
     page = report.render(report.Results(tmp_path, "card-9"), tmp_path / "docs").read_text()
@@ -45,6 +46,7 @@ def test_a_run_fills_its_rows(tmp_path):
     assert f"{what} auto | 5.00 | 2.00 | not measured | 5.20 | 20.0 |  | 70% |" in page
     assert f"{what} auto, cache_ratio 0.5 | 2.50 | 4.00 | not measured | 2.70 | 20.0 | 50% | 70% |" in page
     assert f"{what} pallas_sage: needs a Hopper GPU |" in page and "| flux1-dev | not measured |" in page
+    assert f"{what} cache-dit, compiled, cache_ratio 0.5 | 6.00 |  |  |  | 31.0 | 50% |  |" in page
     assert "| wan2.1-t2v-1.3b | nothing compiled | 33.0 | 2.5 | 10.0 | 20.0 | 13.0 |" in page
     assert "Of a step not measured: flux1-dev, flux2-klein-4b, qwen-image, z-image." in page and "commits abc." in page
     plot = ElementTree.fromstring((tmp_path / "docs" / report.STEP_PLOT).read_text())
