@@ -11,8 +11,8 @@ and with +fp8 the blocks' products are in 8 bits too (SystemConfig: attention, p
 in the same process, that denoising reaches by the model's own arithmetic. Where a step's time goes, by its kernels. The
 first picture of a fresh process, once with nothing compiled and once with all of it on disk.
 diffusers, where torch, diffusers and transformers are, runs in a process of its own before: the same size, steps, guidance,
-dtype and lengths of text, eager and with its blocks compiled, to pixels on the host. Where cache-dit is too, diffusers once more
-with it, at every --cache-ratio, which skips as many steps as ours.
+dtype and lengths of text, eager and with its blocks compiled, to pixels on the host. Where cache-dit is too, diffusers once
+more with it, at every --cache-ratio, which skips as many steps as ours.
 
 Pictures of random weights mean nothing and take the same time; a clip's file takes longer to write, as noise does.
 Writes benchmarks/results/end-to-end-<device>.json after every model; those measured before on that device are kept.
@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -228,7 +229,8 @@ def measured(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.no_peer:
         told, no_eager = [json.dumps(task), "--repeats", str(arguments.repeats)], ["--no-eager"] * arguments.no_eager
         peers = {"diffusers": (PEERS / "diffusers_end_to_end.py", no_eager)}
-        if arguments.cache_ratio and task["sampling"]["num_inference_steps"] > FEW_STEPS:
+        can_skip = bool(arguments.cache_ratio) and task["sampling"]["num_inference_steps"] > FEW_STEPS
+        if can_skip and _has(arguments.peer_python, "cache_dit"):
             ratios = ["--cache-ratio", *map(str, arguments.cache_ratio)]
             peers["cache-dit"] = PEERS / "cache_dit_end_to_end.py", ratios
         for peer, (file, more) in peers.items():
@@ -248,6 +250,11 @@ def measured(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
             for name in ("cold_start", "second_start"):
                 print(model, name, json.dumps(row[name]), flush=True)
     return row
+
+
+def _has(python: str, module: str) -> bool:
+    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", found]).returncode == 0
 
 
 def _tell(model: str, who: str, found: dict[str, Any]) -> None:
