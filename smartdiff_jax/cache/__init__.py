@@ -14,6 +14,7 @@ from smartdiff_jax.cache.pab import PyramidAttentionBroadcast
 from smartdiff_jax.cache.schedule import Schedule
 from smartdiff_jax.cache.taylorseer import TaylorSeer
 from smartdiff_jax.cache.teacache import TeaCache
+from smartdiff_jax.cache.tokencache import TokenCache
 from smartdiff_jax.errors import InvalidRequest
 from smartdiff_jax.registry import Registry
 
@@ -33,6 +34,7 @@ POLICIES: Registry[type[CachePolicy]] = Registry(
         "schedule": Schedule,
         "pab": PyramidAttentionBroadcast,
         "cfgcache": CFGCache,
+        "tokencache": TokenCache,
         "ditango": DiTango,
     },
     error=InvalidRequest,

@@ -71,6 +71,22 @@ Around = Callable[[str, Any, Callable[[], Any]], Any]
 
 
 @runtime_checkable
+class Chosen(Protocol):
+    """Some of a picture's tokens, as many on every device that the tokens are split over.
+
+    Both take arrays [b, s, d], or a pair of picture and text streams of which the text goes through whole.
+    """
+
+    def pick(self, x: Hidden) -> Hidden:
+        """The chosen rows."""
+        ...
+
+    def put(self, x: Hidden, rows: Hidden) -> Hidden:
+        """x with `rows` in the chosen places."""
+        ...
+
+
+@runtime_checkable
 class Stack(Protocol):
     """The blocks of one branch at one step. hidden: what enters them (an array, or a pair of picture and text streams)."""
 
@@ -100,6 +116,22 @@ class Stack(Protocol):
         """All blocks; what other devices give is computed where "fresh" says so, else it is what is held."""
         ...
 
+    def keys(self) -> Held:
+        """Keys and values that each block has of the picture's tokens, as shapes and dtypes: {"k", "v": [n, b, s, d]}."""
+        ...
+
+    def choose(self, priority: Float[Array, "b s 1"], share: float) -> Chosen:
+        """The tokens of highest priority, of every device this share of its own (static; to the nearest token)."""
+        ...
+
+    def run_tokens(self, held: Held, chosen: Chosen | None = None) -> tuple[Hidden, Held]:
+        """All blocks for all tokens, or for those chosen and for the text; and the keys and values that are held after.
+
+        Chosen ones attend to all: to the others by the keys and values that are held of them. Of the picture only their
+        stream comes out.
+        """
+        ...
+
     def modulated_input(self) -> Float[Array, "b s d"]:
         """The modulated input of block 0, computed only if asked for."""
         ...
@@ -124,12 +156,13 @@ class StandIn:
 class Evaluate(Protocol):
     """One evaluation of the model, from the state of the blocks.
 
-    Returns the guided velocity, those of the branches (positive first), the state, and whose blocks were computed.
+    Returns the guided velocity, those of the branches (positive first), the state, and of each branch the share of the tokens
+    whose blocks were computed.
     """
 
     def __call__(
         self, state: State, /, stand_in: StandIn | None = None
-    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], State, Bool[Array, " n"]]: ...
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], State, Float[Array, " n"]]: ...
 
 
 class CachePolicy:
@@ -161,8 +194,8 @@ class CachePolicy:
         """The same where the stream alone does not tell; `blocks` is handed what this gives."""
         return self.init_blocks(stack.hidden)
 
-    def blocks(self, state: State, step: Step, stack: Stack) -> tuple[Hidden, State, Bool[Array, ""]]:
-        """What leaves the stack, the new memory, and whether the blocks were computed."""
+    def blocks(self, state: State, step: Step, stack: Stack) -> tuple[Hidden, State, Bool[Array, ""] | Float[Array, ""]]:
+        """What leaves the stack, the new memory, and whether the blocks were computed, or for which share of the tokens."""
         return stack.run(stack.hidden, 0, stack.num_blocks), state, jnp.bool_(True)
 
     def init_step(self, tokens: Float[Array, "b s p"]) -> State:
@@ -171,7 +204,7 @@ class CachePolicy:
 
     def step(
         self, state: State, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
-    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
-        """The guided velocity, the new memory of the step and of the blocks, and which branches' blocks were computed."""
+    ) -> tuple[Float[Array, "b s p"], State, State, Float[Array, " n"]]:
+        """The guided velocity, the new memory of the step and of the blocks, and what was computed of each branch."""
         velocity, _, inner, computed = evaluate(inner)
         return velocity, state, inner, computed

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from smartdiff_jax.cache.base import CachePolicy, Evaluate, Outlook, StandIn, State, Step
@@ -74,7 +74,7 @@ class CFGCache(Guarded):
 
     def step(
         self, state: StepMemory, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
-    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
+    ) -> tuple[Float[Array, "b s p"], State, State, Float[Array, " n"]]:
         self.check_model(0, num_branches)
         anchors = state.anchors.cleared(step.changed_weights)
         wants_fresh = (step.timestep >= self.below) | (step.index % self.interval == 0)
@@ -84,5 +84,5 @@ class CFGCache(Guarded):
         velocity, branches, inner, computed = evaluate(inner, stand_in)
         # At scale 1 the negative branch is not computed even if it may be.
         pushed = anchors.push(branches[1].astype(jnp.float32) - branches[0], step.index)
-        anchors = jax.tree.map(lambda new, old: jnp.where(computed[1], new, old), pushed, anchors)
+        anchors = jax.tree.map(lambda new, old: jnp.where(computed[1] > 0, new, old), pushed, anchors)
         return velocity, StepMemory(counters, anchors), inner, computed

@@ -39,7 +39,7 @@ class Planned(CachePolicy):
 
     def step(
         self, state: Anchors, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
-    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
+    ) -> tuple[Float[Array, "b s p"], State, State, Float[Array, " n"]]:
         state = state.cleared(step.changed_weights)
         fresh = self.fresh[step.index] | (state.count == 0)
 
@@ -51,7 +51,7 @@ class Planned(CachePolicy):
 
         def reuse(kept):
             anchors, _ = kept
-            return anchors.predict(self.weights[step.index]), jnp.zeros(num_branches, bool), kept
+            return anchors.predict(self.weights[step.index]), jnp.zeros(num_branches), kept
 
         velocity, computed, (state, inner) = jax.lax.cond(fresh, compute, reuse, (state, inner))
         return velocity, state, inner, computed

@@ -93,7 +93,7 @@ class Recorder(CachePolicy):
 
     def step(
         self, state: State, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
-    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
+    ) -> tuple[Float[Array, "b s p"], State, State, Float[Array, " n"]]:
         velocity, _, inner, computed = evaluate(inner)
         latents, velocities = state
         state = (

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from smartdiff_jax.cache.base import Evaluate, State, Step
 from smartdiff_jax.cache.block_cache import Verdict
@@ -73,7 +73,7 @@ class StepCache(Guarded):
 
     def step(
         self, state: StepMemory, inner: State, step: Step, tokens: Float[Array, "b s p"], evaluate: Evaluate, num_branches: int
-    ) -> tuple[Float[Array, "b s p"], State, State, Bool[Array, " n"]]:
+    ) -> tuple[Float[Array, "b s p"], State, State, Float[Array, " n"]]:
         state = dataclasses.replace(state, anchors=state.anchors.cleared(step.changed_weights))
         verdict = self.judge(state, step, tokens)
         fresh, counters = self.guards.decide(state.counters, step, verdict.wants_fresh, state.anchors.count > 0)
@@ -89,7 +89,7 @@ class StepCache(Guarded):
 
         def reuse(kept):
             _, anchors, _ = kept
-            return base + anchors.predict(self.weights(anchors, step)), jnp.zeros(num_branches, bool), kept
+            return base + anchors.predict(self.weights(anchors, step)), jnp.zeros(num_branches), kept
 
         kept = inner, state.anchors, state.reference
         velocity, computed, (inner, anchors, reference) = jax.lax.cond(fresh, compute, reuse, kept)

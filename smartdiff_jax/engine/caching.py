@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from smartdiff_jax.cache import POLICIES
 from smartdiff_jax.cache.auto import FEW_STEPS
@@ -45,20 +45,28 @@ def policy_for(
 
 
 def executed_letters(
-    executed: Bool[np.ndarray, "max_steps n"], num_steps: int, guidance_scale: Float[np.ndarray, " max_steps"]
+    executed: Float[np.ndarray, "max_steps n"], num_steps: int, guidance_scale: Float[np.ndarray, " max_steps"]
 ) -> str:
     """A letter a step: F where every branch that runs computed its blocks, . where none did, h where one of two did.
 
-    At guidance scale 1 the positive branch is the only one that runs.
+    1, 2 or 3 where they computed them for so many quarters of the tokens. At guidance scale 1 the positive branch is the only
+    one that runs.
     """
     running = [step[: 1 if scale == 1.0 else None] for step, scale in zip(executed, guidance_scale, strict=True)]
-    return "".join("F" if step.all() else "h" if step.any() else "." for step in running[:num_steps])
+    return "".join(map(_letter, running[:num_steps]))
+
+
+def _letter(shares: Float[np.ndarray, " n"]) -> str:
+    if np.ptp(shares):
+        return "h"
+    return ".123F"[round(4 * float(shares[0]))]
 
 
 def skipped_share(letters: list[str]) -> float:
-    """Of all evaluations of all outputs."""
+    """Of all evaluations of all outputs; of one for some of the tokens, the others' share."""
     every = "".join(letters)
-    return round(1.0 - (every.count("F") + 0.5 * every.count("h")) / len(every), 4)
+    computed = {"F": 1.0, "h": 0.5, ".": 0.0} | {str(quarters): quarters / 4 for quarters in (1, 2, 3)}
+    return round(1.0 - sum(computed[letter] for letter in every) / len(every), 4)
 
 
 def describe_policy(policy: CachePolicy) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Report:
 
     params: the resolved request, seed included.
     seconds: wall time by stage, compilation included where it happened.
-    steps: one letter a step and output: F the model was evaluated, . it was not, h one of two branches was.
+    steps: one letter a step and output: F the model was evaluated, . it was not, h one of two branches was,
+        1, 2, 3 it was for so many quarters of the tokens.
     cache: the policy that ran and its numbers, "ratio" the share of evaluations that was skipped, "bytes" what it remembered.
     shapes: latents, tokens and frames.
     mesh: the devices used. decoder: into which pieces it cut the picture, "" on one device.

@@ -28,9 +28,9 @@ class AttentionFn(Protocol):
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one stream of tokens, each [b, s, h, d]."""
+    """Queries, keys and values of one stream of tokens, each [b, s, h, d]; r = s queries, or those of some of the tokens."""
 
-    q: Float[Array, "b s h d"]
+    q: Float[Array, "b r h d"]
     k: Float[Array, "b s h d"]
     v: Float[Array, "b s h d"]
 
@@ -40,7 +40,8 @@ class Attend(Protocol):
     """What a model's block calls: a kernel, already wrapped for the mesh it runs on (sharding/context_parallel.py).
 
     The four ways differ in which streams a mesh may have split: the tokens of the picture are, the text need not be.
-    All scale by 1/sqrt(d) and return out [b, s, h, d] in q's dtype.
+    All scale by 1/sqrt(d) and return out [b, r, h, d] in q's dtype. Where queries are of some of the picture's tokens alone,
+    they are of as many on every device.
     """
 
     @property
@@ -48,7 +49,7 @@ class Attend(Protocol):
         """Whether no stream is split or padded, so that picture and text may be joined into one."""
         ...
 
-    def self_attention(self, tokens: QKV) -> Float[Array, "b s h d"]:
+    def self_attention(self, tokens: QKV) -> Float[Array, "b r h d"]:
         """The picture's tokens among themselves."""
         ...
 
@@ -69,7 +70,7 @@ class Attend(Protocol):
 
     def joint_attention(
         self, tokens: QKV, text: QKV, *, text_length: Int[Array, " b"] | None = None
-    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b l h d"]]:
+    ) -> tuple[Float[Array, "b r h d"], Float[Array, "b l h d"]]:
         """Both streams as one sequence (MM-DiT, arXiv 2403.03206); returns the picture's part and the text's."""
         ...
 

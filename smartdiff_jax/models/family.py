@@ -60,7 +60,10 @@ class Denoiser(Protocol):
     def embed(
         self, tokens: Float[Array, "b s p"], timestep: Float[Array, ""], conditioning: Conditioning
     ) -> tuple[Hidden, Context]:
-        """Tokens to the residual stream, and whatever all blocks share (modulation, text, rotary table)."""
+        """Tokens to the residual stream, and whatever all blocks share (modulation, text, rotary table).
+
+        The context is a dataclass whose `rope` is the tokens': where blocks run for some of them, it is theirs.
+        """
         ...
 
     def run_blocks(self, hidden: Hidden, context: Context, attend: Attend, lo: int, hi: int) -> Hidden:

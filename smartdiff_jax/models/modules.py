@@ -146,7 +146,7 @@ def _joined_rope(ropes: Ropes, num_text: int) -> tuple[Float[Array, "_ m r"], Fl
     return cos, sin
 
 
-class _Wrapped:
+class Wrapped:
     """An `Attend` that attends as another one does."""
 
     def __init__(self, attend: Attend):
@@ -173,7 +173,7 @@ class _Wrapped:
         return self._attend.joint_attention(tokens, text, text_length=text_length)
 
 
-class HeldModules(_Wrapped):
+class HeldModules(Wrapped):
     """An `Attend` for one call of `Denoiser.run_blocks` over all blocks, and no longer: it lives while that is traced.
 
     held: what was remembered at the step before. `after`: what is remembered now, once all blocks were run.
@@ -219,14 +219,17 @@ class HeldRemotes(HeldModules):
 
 def module_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     """What the modules give, as shapes and dtypes stacked like `Held`. run: all blocks, for an `Attend`."""
-    recorder = _Recorder(attend, lambda: _BlockAttend(attend, _compute, {}))
-    jax.eval_shape(lambda: run(recorder))
-    return recorder.shapes
+    return recorded_shapes(run, attend, lambda: _BlockAttend(attend, _compute, {}))
 
 
 def remote_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     """The same for `HeldRemotes`. Raises InvalidConfig where no attention goes around a ring."""
-    recorder = _Recorder(attend, lambda: _RemoteAttend(attend, {}))
+    return recorded_shapes(run, attend, lambda: _RemoteAttend(attend, {}))
+
+
+def recorded_shapes(run: Callable[[Any], Any], attend: Attend, of_block: Callable[[], Any]) -> Held:
+    """What blocks hold, as shapes and dtypes stacked like `Held`. of_block: makes a block's `Attend` that holds nothing yet."""
+    recorder = _Recorder(attend, of_block)
     jax.eval_shape(lambda: run(recorder))
     return recorder.shapes
 
@@ -235,7 +238,7 @@ def _compute(name: str, held: Out, compute: Callable[[], Out]) -> Out:
     return compute()
 
 
-class _BlockAttend(_Wrapped):
+class _BlockAttend(Wrapped):
     """The `Attend` of one block. held: of each of its modules, what it gave last."""
 
     def __init__(self, attend: Attend, around: Around, held: Mapping[str, Out]):
@@ -248,7 +251,7 @@ class _BlockAttend(_Wrapped):
         return self.held[name]
 
 
-class _RemoteAttend(_Wrapped):
+class _RemoteAttend(Wrapped):
     """The `Attend` of one block, one of whose attentions goes around the ring. held: see `HeldRemotes`; empty at first."""
 
     def __init__(self, attend: Any, held: Mapping[str, Any]):

@@ -96,7 +96,7 @@ class LocalAttend:
 
     def self_attention(self, tokens):
         q, k, v = tokens
-        return _attend(self._kernel, q, k, v, Chunks(1, q.shape[1], 0, self._num_tokens, None))
+        return _attend(self._kernel, q, k, v, Chunks(1, k.shape[1], 0, self._num_tokens, None))
 
     def cross_attention(self, q, k, v, *, text_length=None):
         return self._kernel(q, k, v, kv_length=text_length)[0]
@@ -106,7 +106,7 @@ class LocalAttend:
 
     def joint_attention(self, tokens, text, *, text_length=None):
         size = tokens.q.shape[1]
-        chunks = Chunks(1, size, text.q.shape[1], self._num_tokens, text_length)
+        chunks = Chunks(1, tokens.k.shape[1], text.q.shape[1], self._num_tokens, text_length)
         q, k, v = _joined(tokens, text)
         out = _attend(self._kernel, q, chunks.arrange(k, 0), chunks.arrange(v, 0), chunks)
         return out[:, :size], out[:, size:]
@@ -193,11 +193,11 @@ class MeshAttend:
     ) -> tuple[Array, Any, Any]:
         """Attention of all streams to all streams: the tokens' part, the text's where there is text, and what is held."""
         batch, size, heads, _ = tokens.q.shape
-        pieces = _size(self.mesh, SEQUENCE)
+        num_keys, pieces = tokens.k.shape[1], _size(self.mesh, SEQUENCE)
         check_heads(self.mesh, heads)
         num_tokens, text_size = self.num_tokens, 0 if text is None else text.q.shape[1]
-        if num_tokens is None and size % pieces:
-            num_tokens = size
+        if num_tokens is None and num_keys % pieces:
+            num_tokens = num_keys
         if text_length is None and text_size % pieces:
             text_length = jnp.full(batch, text_size, jnp.int32)
 
@@ -224,7 +224,7 @@ class MeshAttend:
     ) -> tuple[Array, Array | None, Any]:
         """One device's part of `_split_attention`, on its pieces."""
         size, ring, ulysses = tokens.q.shape[1], self.mesh.shape["ring"], self.mesh.shape["ulysses"]
-        chunks = Chunks(ulysses, size, 0 if text is None else text.q.shape[1], num_tokens, text_length)
+        chunks = Chunks(ulysses, tokens.k.shape[1], 0 if text is None else text.q.shape[1], num_tokens, text_length)
         piece = tokens if text is None else _joined(tokens, text)
         if held is not None:
             # What is held is all heads of a piece, and comes back in one message.

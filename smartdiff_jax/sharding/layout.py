@@ -31,6 +31,11 @@ class Layout:
         return ("cfg", "data") if self.mesh.shape["cfg"] > 1 else ("data",)
 
     @property
+    def shards(self) -> int:
+        """How many devices a sample's tokens are split over."""
+        return _size(self.mesh, SEQUENCE)
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

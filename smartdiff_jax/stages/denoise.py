@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from smartdiff_jax.cache.base import CachePolicy, Step
 from smartdiff_jax.kernels.base import Attend, PaddedAttend
 from smartdiff_jax.models.family import Conditioning
 from smartdiff_jax.models.modules import HeldModules, HeldRemotes, module_shapes, remote_shapes
+from smartdiff_jax.models.tokens import ChosenTokens, HeldKeys, key_shapes
 from smartdiff_jax.samplers.base import MAX_STEPS, Sampler, Schedule
 from smartdiff_jax.sharding.layout import Layout
 from smartdiff_jax.stages.base import Progress, jit_in
@@ -40,13 +41,13 @@ class DenoiseCarry:
     """What one step hands to the next.
 
     tokens: packed noisy latents, float32 [b, s, p].
-    executed: bool [MAX_STEPS, n], at which steps the blocks of which branch were computed.
+    executed: float32 [MAX_STEPS, n], for which share of the tokens the blocks of which branch were computed at which step.
     """
 
     tokens: Float[Array, "b s p"]
     sampler_state: Any
     cache_state: Any
-    executed: Bool[Array, "max_steps n"]
+    executed: Float[Array, "max_steps n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ class DenoiseLoop:
         def like_blocks():
             one = as_batch(jax.tree.map(lambda leaf: leaf[:width], branches), tokens.shape[0])
             hidden, context = model.embed(jnp.tile(tokens, (width, 1, 1)), jnp.float32(0), one)
-            stack: Any = _Stack(model, self._attend, hidden, context)
+            stack: Any = _Stack(model, self._attend, hidden, context, self._layout.shards)
             return policy.init_stack(stack)
 
         of_blocks, of_step = jax.eval_shape(like_blocks), jax.eval_shape(policy.init_step, tokens)
@@ -145,7 +146,7 @@ class DenoiseLoop:
                 jax.tree.map(lambda leaf: jnp.zeros((states, *leaf.shape), leaf.dtype), of_blocks),
                 jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_step),
             ),
-            executed=jnp.zeros((MAX_STEPS, num_branches), bool),
+            executed=jnp.zeros((MAX_STEPS, num_branches)),
         )
 
     def _run(
@@ -179,7 +180,7 @@ class DenoiseLoop:
 
             def branch(tokens, conditioning, state):
                 hidden, context = model.embed(tokens, step.timestep, conditioning)
-                stack: Any = _Stack(model, attend, hidden, context)
+                stack: Any = _Stack(model, attend, hidden, context, self._layout.shards)
                 out, state, computed = policy.blocks(state, step, stack)
                 return model.head(out, context), state, computed
 
@@ -201,12 +202,13 @@ class DenoiseLoop:
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """cache.base.Stack of one evaluation."""
+    """cache.base.Stack of one evaluation. shards: how many devices the tokens are split over."""
 
     model: Any
     attend: Attend
     hidden: Any
     context: Any
+    shards: int
 
     @property
     def num_blocks(self) -> int:
@@ -228,6 +230,20 @@ class _Stack:
     def run_remotes(self, held):
         attend = HeldRemotes(self.attend, held)
         return self._run_all(attend), attend.after
+
+    def keys(self):
+        return key_shapes(self._run_all, self.attend)
+
+    def choose(self, priority, share):
+        return ChosenTokens.of(priority, share, self.shards)
+
+    def run_tokens(self, held, chosen=None):
+        attend = HeldKeys(self.attend, held, chosen)
+        if chosen is None:
+            return self._run_all(attend), attend.after
+        hidden = chosen.pick(self.hidden)
+        context = dataclasses.replace(self.context, rope=tuple(chosen.pick(table) for table in self.context.rope))
+        return self.model.run_blocks(hidden, context, attend, 0, self.num_blocks), attend.after
 
     def _run_all(self, attend):
         return self.model.run_blocks(self.hidden, self.context, attend, 0, self.num_blocks)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from smartdiff_jax.cache.base import StandIn
 from smartdiff_jax.config.model import SamplingDefaults
@@ -22,7 +22,7 @@ from smartdiff_jax.samplers.base import MAX_STEPS, NUM_TRAIN_TIMESTEPS
 
 CacheState = Any
 Evaluate = Callable[[Array, Conditioning, CacheState], tuple[Array, CacheState, Array]]
-"""(tokens [b s p], one branch, cache state) -> (velocity [b s p], cache state, were the blocks computed)."""
+"""(tokens [b s p], one branch, cache state) -> (velocity [b s p], cache state, the share that was computed)."""
 
 Combine = Callable[[Array, Array, Array], Array]
 """(positive velocity, negative velocity, scale) -> velocity; the positive one exactly at scale 1."""
@@ -65,7 +65,7 @@ class Guidance(Protocol):
     """How the branches run. Leaves of `branches` are [n ...], positive first, n = 1 where there is no guidance.
 
     The cache state has a leading axis of `num_states(n)`. stand_in: instead of the negative branch. Returns the guided
-    velocity, those of the branches, the state, and for each branch whether its blocks were computed.
+    velocity, those of the branches, the state, and the share of each branch that was computed.
     """
 
     def num_states(self, num_branches: int) -> int: ...
@@ -73,7 +73,7 @@ class Guidance(Protocol):
     def __call__(
         self, evaluate: Evaluate, combine: Combine, tokens: Float[Array, "b s p"], branches: Conditioning,
         scale: Float[Array, ""], state: CacheState, stand_in: StandIn | None = None,
-    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], CacheState, Bool[Array, " n"]]: ...  # fmt: skip
+    ) -> tuple[Float[Array, "b s p"], Float[Array, "n b s p"], CacheState, Float[Array, " n"]]: ...  # fmt: skip
 
 
 class Sequential:
@@ -92,7 +92,7 @@ class Sequential:
             state = jax.tree.map(lambda leaf, new: leaf.at[index].set(new), state, own)
             return velocities.at[index].set(velocity), state, computed.at[index].set(done)
 
-        carry = jnp.zeros((num_branches, *tokens.shape), tokens.dtype), state, jnp.zeros(num_branches, bool)
+        carry = jnp.zeros((num_branches, *tokens.shape), tokens.dtype), state, jnp.zeros(num_branches)
         if num_branches == 1:
             velocities, state, computed = branch(0, carry)
             return velocities[0], velocities, state, computed
@@ -126,7 +126,7 @@ class Batched:
         own = jax.tree.map(lambda leaf: leaf[0], state)
         wide = self._place(jnp.tile(tokens, (num_branches, 1, 1)))
         velocity, own, done = evaluate(wide, as_batch(branches, batch), own)
-        state, computed = jax.tree.map(lambda leaf: leaf[None], own), jnp.broadcast_to(done, num_branches)
+        state, computed = jax.tree.map(lambda leaf: leaf[None], own), jnp.broadcast_to(jnp.float32(done), num_branches)
         velocities = velocity.reshape(num_branches, *tokens.shape)
         if num_branches == 1:
             return velocity, velocities, state, computed

@@ -114,7 +114,7 @@ def toy_stacks(seed=0, *, pair=False, batch=1, num_blocks=12, drift=0.3):
 
 
 def as_string(executed):
-    return "".join("F" if done else "." for done in np.asarray(executed))
+    return "".join(".123F"[round(4 * float(share))] for share in np.asarray(executed))
 
 
 @dataclasses.dataclass

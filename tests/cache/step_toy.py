@@ -35,11 +35,11 @@ class StepToy:
             def evaluate(inner, /, stand_in=None):
                 if self._counts:
                     jax.debug.callback(self._evaluated)
-                branches, computed = tables[:, index] + pull * x, jnp.ones(len(tables), bool)
+                branches, computed = tables[:, index] + pull * x, jnp.ones(len(tables))
                 if stand_in is not None:
                     predicted = stand_in.predict(branches[0])
                     branches = branches.at[1].set(jnp.where(stand_in.when, predicted, branches[1]))
-                    computed = computed.at[1].set(~stand_in.when)
+                    computed = computed.at[1].set(1.0 - stand_in.when)
                 guided = branches[-1] + SCALE * (branches[0] - branches[-1])
                 return guided, branches, inner + 1, computed
 
@@ -51,7 +51,7 @@ class StepToy:
 
         empty = jnp.zeros((MAX_STEPS, *start.shape))
         memory = jnp.int32(0), policy.init_step(start)
-        carry = start, memory, empty, jnp.zeros((MAX_STEPS, len(tables)), bool), empty
+        carry = start, memory, empty, jnp.zeros((MAX_STEPS, len(tables))), empty
         x, (inner, _), velocities, executed, where = jax.lax.fori_loop(0, num_steps, body, carry)
         return x, velocities, executed, where, inner
 

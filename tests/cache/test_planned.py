@@ -69,7 +69,7 @@ def test_predictions_are_the_plans():
     @jax.jit
     def run(state, index, velocity):
         step = Step(index, jnp.int32(9), jnp.zeros(MAX_STEPS + 1), jnp.float32(0), jnp.bool_(False))
-        return policy.step(state, (), step, velocity, lambda inner: (velocity, None, inner, jnp.ones(2, bool)), 2)
+        return policy.step(state, (), step, velocity, lambda inner: (velocity, None, inner, jnp.ones(2)), 2)
 
     for index in range(9):
         out, state, _, done = run(state, jnp.int32(index), velocities[index])

@@ -108,12 +108,14 @@ def test_short_runs_are_told(pipe, steps, words):
 
 
 def test_letters():
-    executed = np.zeros((200, 2), bool)
+    executed = np.zeros((200, 2), np.float32)
     executed[:5] = [[1, 1], [1, 0], [0, 1], [0, 0], [1, 0]]
     scales = np.full(200, 4.0, np.float32)
     scales[4] = 1.0
     assert executed_letters(executed, 5, scales) == "Fhh.F" and skipped_share(["Fhh.F", "FF..."]) == 0.5
     assert executed_letters(executed[:, :1], 5, scales) == "FF..F"
+    executed[5:9] = [[0.25] * 2, [0.5] * 2, [0.75] * 2, [1] * 2]
+    assert executed_letters(executed, 9, scales)[5:] == "123F" and skipped_share(["123F", "F..."]) == round(1 - 3.5 / 8, 4)
 
 
 def test_a_damaged_calibration_is_an_error(tmp_path):
