@@ -32,8 +32,8 @@ from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, c
 
 WHOLE = 4
 """Quarters of all tokens."""
-WHOLE_SHARE = 0.5
-"""Of a budget, what goes to whole steps."""
+WHOLE_SHARE = 0.75
+"""Of a budget, what goes to whole steps (docs/decisions/0073)."""
 LEAST_SPEED = 1e-12
 """Of tokens that nothing is known of: they go by their age."""
 
@@ -42,8 +42,8 @@ class TokenCacheParams(GuardParams):
     """quarters: of the tokens that are computed at a step that is not whole; 4 makes all whole. interval: every so many steps
     one is whole. mask: 1 makes a step whole, -1 does not, 0 leaves it to the interval."""
 
-    quarters: int = Field(2, ge=0, le=WHOLE)
-    interval: int = Field(5, ge=1, le=MAX_STEPS)
+    quarters: int = Field(1, ge=0, le=WHOLE)
+    interval: int = Field(3, ge=1, le=MAX_STEPS)
     warmup: int = Field(4, ge=0, le=MAX_STEPS)
     cooldown: int = Field(1, ge=0, le=MAX_STEPS)
 
@@ -123,10 +123,10 @@ class TokenCache(Guarded):
             residual, keys, age = kept
             chosen = stack.choose(priority, share)
             rows, keys = stack.run_tokens(keys, chosen)
-            added = jax.tree.map(jnp.subtract, rows, chosen.pick(hidden))
-            out = chosen.put(jax.tree.map(jnp.add, hidden, residual), rows)
-            age = chosen.put(age, jnp.zeros((age.shape[0], picture(rows).shape[1], 1)))
-            return out, (chosen.put(residual, added), keys, age)
+            residual = chosen.put(residual, jax.tree.map(jnp.subtract, rows, chosen.pick(hidden)))
+            age = chosen.put(age, jnp.zeros((*picture(rows).shape[:2], 1)))
+            # From what is remembered now: read before, it would be copied.
+            return jax.tree.map(jnp.add, hidden, residual), (residual, keys, age)
 
         def whole(kept):
             _, keys, age = kept

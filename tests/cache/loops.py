@@ -14,6 +14,7 @@ from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models import flux1, wan
 from smartdiff_jax.models.family import Conditioning
+from smartdiff_jax.models.tokens import ChosenTokens
 from smartdiff_jax.samplers.base import MAX_STEPS, Schedule
 from smartdiff_jax.samplers.flow_euler import FlowEuler
 from smartdiff_jax.sharding.context_parallel import wrap
@@ -58,6 +59,22 @@ class ToyStack(Stack):
         hidden, parts = jax.lax.scan(block, self.hidden, (self.parts, held[0]["self_attention"]))
         return hidden, ({"self_attention": parts},)
 
+    def keys(self):
+        return ({"k": self.parts, "v": self.parts},)
+
+    def choose(self, priority, share):
+        return ChosenTokens.of(priority, share, 1)
+
+    def run_tokens(self, held, chosen=None):
+        """Blocks that look at one token alone; the keys are what they add."""
+        added = self.parts.sum(axis=0)
+        if chosen is None:
+            return self.run(self.hidden, 0, self.num_blocks), self.keys()
+        rows, own = chosen.pick(self.hidden), chosen.pick(added)
+        out = (rows[0] + own, rows[1] - added[:, :1]) if isinstance(rows, tuple) else rows + own
+        keys = jax.vmap(lambda of_block, part: chosen.put(of_block, chosen.pick(part)))(held[0]["k"], self.parts)
+        return out, ({"k": keys, "v": keys},)
+
     def modulated_input(self):
         return self.hidden[0] if isinstance(self.hidden, tuple) else self.hidden
 
@@ -89,7 +106,7 @@ class Toy:
             outs = jax.tree.map(lambda leaf, new: leaf.at[index].set(new), outs, out)
             return memory, outs, executed.at[index].set(computed)
 
-        carry = memory, jax.tree.map(jnp.zeros_like, stacks.hidden), jnp.zeros(MAX_STEPS, bool)
+        carry = memory, jax.tree.map(jnp.zeros_like, stacks.hidden), jnp.zeros(MAX_STEPS)
         _, outs, executed = jax.lax.fori_loop(0, num_steps, body, carry)
         return outs, executed
 

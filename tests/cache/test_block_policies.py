@@ -29,6 +29,7 @@ NEVER_SKIPS = {
     "blockdance": dict(group=1),
     "taylorseer": dict(interval=1),
     "pab": dict(self_interval=1),
+    "tokencache": dict(quarters=4),
 }
 SKIPS = {
     "teacache": dict(threshold=1.5),
@@ -38,6 +39,7 @@ SKIPS = {
     "blockdance": dict(group=3, block=7),
     "taylorseer": dict(interval=4, order=2),
     "pab": dict(self_interval=4, min_timestep=0, max_timestep=1000),
+    "tokencache": dict(interval=4, quarters=0),
 }
 
 
@@ -102,6 +104,7 @@ def test_hundreds_of_settings_share_one_trace(name):
         "pab": lambda: dict(
             self_interval=rng.randint(1, 9), max_timestep=rng.randint(500, 1000), min_timestep=rng.rand() * 500
         ),
+        "tokencache": lambda: dict(interval=rng.randint(1, 9), quarters=rng.randint(0, 5)),
     }
     strings = set()
     for _ in range(200):
