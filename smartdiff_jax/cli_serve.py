@@ -1,7 +1,6 @@
 """`smartdiff serve`, and the commands that talk to it: submit, jobs, cancel; and `key`."""
 
 import contextlib
-import functools
 import logging
 import socket
 import sys
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from smartdiff_jax.cli_ray import serve_on_ray
 from smartdiff_jax.errors import InvalidConfig, SmartdiffError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def serve(
     artifacts: Annotated[str | None, typer.Option(help="Folder, or fsspec URL, of files.", show_default="artifacts")] = None,
     keys: Annotated[Path | None, typer.Option(help="YAML file of API keys; `smartdiff key` makes one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of system parameters.")] = None,
+    ray: Annotated[Path | None, typer.Option(help="The same, and serve from a Ray cluster as its section `ray` says.")] = None,
 ) -> None:
     """Serve models over HTTP: OpenAI's images and videos, jobs that last, and a page to use them from."""
     from smartdiff_jax.config.service import ServiceConfig
@@ -55,14 +56,21 @@ def serve(
     began = time.perf_counter()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
-    system = SystemConfig.create() if config is None else SystemConfig.from_file(config)
+    if config is not None and ray is not None:
+        raise InvalidConfig("config", str(config), "--ray gives a file of system parameters too; give one of the two")
+    file = config or ray
+    system = SystemConfig.create() if file is None else SystemConfig.from_file(file)
     if system.hosts is not None:
-        raise InvalidConfig("hosts", system.hosts.coordinator, "a service runs on one host; leave the section out")
+        remedy = "a service runs on one host, or over several of a Ray cluster (`ray.hosts`); leave the section out"
+        raise InvalidConfig("hosts", system.hosts.coordinator, remedy)
     given = {"port": port, "host": host, "store": store, "artifacts": artifacts, "keys": keys}
     changes = {name: value for name, value in given.items() if value is not None}
     service = ServiceConfig.create(**system.service.model_dump() | changes)
+    models = model or ["pocket-video"]
+    if ray is not None:
+        return serve_on_ray(models, system, service)
     with contextlib.closing(JobStore(service.store, ttl=service.keep_hours * 3600)) as job_store:
-        _run(model or ["pocket-video"], system, service, job_store, config, began)
+        _run(models, system, service, job_store, config, began)
 
 
 def _run(
@@ -84,17 +92,11 @@ def _run(
     failures: list[Exception] = []
 
     def load() -> Any:
-        from smartdiff_jax.engine.announced import announce
         from smartdiff_jax.engine.engine import Engine
-        from smartdiff_jax.engine.pipeline import Pipeline
 
-        announced, loaders = {}, {}
-        for name in models:
-            known = announce(name, system)
-            announced[known.spec.name] = known
-            loaders[known.spec.name] = functools.partial(Pipeline.from_pretrained, name, system=system)
-        log.info("takes jobs for %s after %.1f s", ", ".join(announced), time.perf_counter() - began)
-        return Engine({}, job_store, files, service, loaders=loaders, announced=announced)
+        engine = Engine.of(models, system, job_store, files, service)
+        log.info("takes jobs for %s after %.1f s", ", ".join(engine.models), time.perf_counter() - began)
+        return engine
 
     def started(failure: Exception | None) -> None:
         if failure is None:

@@ -18,7 +18,8 @@ LAYERS = [
     {"stages"},
     {"engine"},
     {"training", "serve", "client"},
-    {"cli_bench", "cli_eval", "cli_mesh", "cli_profile", "cli_serve"},
+    {"cli_bench", "cli_eval", "cli_mesh", "cli_profile", "cli_ray"},
+    {"cli_serve"},
     {"cli"},
     {"__main__"},
 ]

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartdiff_jax.config.fields import raise_invalid
+from smartdiff_jax.config.ray import RayConfig
 from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.errors import InvalidConfig
 
@@ -63,7 +64,7 @@ class SystemConfig(BaseModel):
     residency: "all" keeps every component on the devices; "stage" only the one in use, the others in pinned host memory.
     hosts: where the mesh reaches over several hosts; None is one.
     cache_dir: converted weights, downloads and compiled executables are kept here.
-    service: of `smartdiff serve`.
+    service: of `smartdiff serve`. ray: of `smartdiff serve --ray`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +78,7 @@ class SystemConfig(BaseModel):
     hosts: HostsConfig | None = None
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "smartdiff")
     service: ServiceConfig = ServiceConfig()
+    ray: RayConfig = RayConfig()
 
     @classmethod
     def create(cls, **fields: Any) -> "SystemConfig":

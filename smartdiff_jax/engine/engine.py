@@ -10,6 +10,7 @@ Only the device thread advances a job past its text. A job that fails, fails alo
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import secrets
 import threading
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from smartdiff_jax.config.request import GenerateParams, ResolvedParams
 from smartdiff_jax.config.service import ApiKey, Limits
+from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine import deliver
-from smartdiff_jax.engine.announced import Announced
+from smartdiff_jax.engine.announced import Announced, announce
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.costs import Costs, Work
 from smartdiff_jax.engine.job import Job
@@ -83,6 +85,16 @@ class Engine:
         self._writers = concurrent.futures.ThreadPoolExecutor(2, "media")
         self._threads = [threading.Thread(target=body, name=name) for name, body in
                          (("device", self._device), ("keeper", self._keeper))]  # fmt: skip
+
+    @classmethod
+    def of(cls, models: Iterable[str], system: SystemConfig, store: JobStore, artifacts: Artifacts, limits: Limits) -> "Engine":
+        """For models by what `Pipeline.from_pretrained` takes: announced here, and loaded by `load`."""
+        announced, loaders = {}, {}
+        for name in models:
+            known = announce(name, system)
+            announced[known.spec.name] = known
+            loaders[known.spec.name] = functools.partial(Pipeline.from_pretrained, name, system=system)
+        return cls({}, store, artifacts, limits, loaders=loaders, announced=announced)
 
     # What others ask of it, on any thread.
 

@@ -151,6 +151,12 @@ class Queue:
         """Estimated device seconds until all is done. Takes no lock, as `waiting_owners`."""
         return self._scheduler.backlog()
 
+    def backlogs(self) -> tuple[float, float]:
+        """Estimated device seconds of what waits, and of what is begun here."""
+        with self.turn:
+            waiting, begun = ([job for job in jobs if job in self._scheduler] for jobs in (self.waiting, self.runs))
+            return self._scheduler.backlog(waiting), self._scheduler.backlog(begun)
+
     def _put(self, job: Job) -> None:
         if job.id not in self.runs and self.waiting.get(job.id) != job:
             self.waiting[job.id] = job

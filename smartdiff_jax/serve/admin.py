@@ -48,6 +48,9 @@ async def get_limits(service: ServiceOf, admin: Admin):
 async def upgrade_model(model: str, service: ServiceOf, admin: Admin):
     """Load the model anew from where it was loaded at the start, try it, and let it take over; 409 while one is under way."""
     _known(service, model)
+    if not service.alone:
+        told = "this is one of several replicas; `smartdiff serve --ray` with the same file replaces all of them, one by one"
+        raise ServiceError(409, told, code="one_of_several")
     try:
         return _view(service, model, service.engine.upgrades.begin(model))
     except Conflict as error:

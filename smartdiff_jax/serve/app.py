@@ -31,9 +31,10 @@ POLICY = "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:
 root = APIRouter()
 
 
-def create_app(config: ServiceConfig, load: Callable[[], Any], config_file: Path | None = None) -> FastAPI:
-    """load: makes the engine; called on a thread when the app starts. config_file: where the limits are read from anew."""
-    service = Service(Settings(config, config_file), load)
+def create_app(config: ServiceConfig, load: Callable[[], Any], config_file: Path | None = None, alone: bool = True) -> FastAPI:
+    """load: makes the engine; called on a thread when the app starts. config_file: where the limits are read from anew.
+    alone: not one of several replicas behind a proxy, which names requests itself."""
+    service = Service(Settings(config, config_file), load, alone)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -48,7 +49,8 @@ def create_app(config: ServiceConfig, load: Callable[[], Any], config_file: Path
         app.include_router(router)
     app.add_middleware(BodyLimit)
     app.add_middleware(EarlyRefusal, service=service)
-    app.add_middleware(RequestId)
+    if alone:
+        app.add_middleware(RequestId)
     _publish(app)
     return app
 

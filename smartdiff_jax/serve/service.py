@@ -46,17 +46,19 @@ def _give_way() -> None:
     Where a CPU is the device, requests waited for seconds under load without it (docs/serving.md).
     """
     if sys.platform == "linux":  # elsewhere only whole processes have a priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        this = threading.get_native_id()
+        # Below the others of its process, however low they are: a worker of Ray is at 15, from where only root may go up to 10.
+        os.setpriority(os.PRIO_PROCESS, this, min(os.getpriority(os.PRIO_PROCESS, this) + NICE, 19))
 
 
 class Service:
     """One per process. `load` makes the engine, on a thread of its own, so that the service answers while it loads.
 
-    on_start: called once, on that thread, when jobs are run, or with what it failed by.
+    on_start: called once, on that thread, when jobs are run, or with what it failed by. alone: see `create_app`.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[], Any]):
-        self.settings = settings
+    def __init__(self, settings: Settings, load: Callable[[], Any], alone: bool = True):
+        self.settings, self.alone = settings, alone
         self._load = load
         self._engine: Any = None
         self._failure: str | None = None

@@ -1,0 +1,70 @@
+"""`smartdiff serve --ray`: the service on a Ray cluster."""
+
+import contextlib
+import importlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smartdiff_jax.errors import InvalidConfig, SmartdiffError
+
+if TYPE_CHECKING:
+    from smartdiff_jax.config.service import ServiceConfig
+    from smartdiff_jax.config.system import SystemConfig
+
+log = logging.getLogger("smartdiff")
+
+
+def serve_on_ray(models: list[str], system: "SystemConfig", service: "ServiceConfig") -> None:
+    """Deploy to a cluster and return; or where none is named start one here, and serve until asked to stop."""
+    from smartdiff_jax.config.ray import settled
+    from smartdiff_jax.engine.store import JobStore
+
+    try:
+        importlib.import_module("ray.serve")
+    except ImportError as error:
+        raise SmartdiffError(f"--ray needs Ray Serve ({error}); pip install 'smartdiff_jax[ray]'") from None
+    from smartdiff_jax.serve.on_ray import deploy, withdraw
+
+    began = time.perf_counter()
+    service = settled(service)
+    JobStore(service.store).close()  # what is wrong with it is told here, and replicas find its tables made
+    whole = [str(Path(model).resolve()) if Path(model).is_dir() else model for model in models]
+    with _connected(system.ray.address), contextlib.suppress(KeyboardInterrupt):
+        try:
+            deploy(whole, system, service)
+            log.info("ready after %.1f s at http://%s:%d", time.perf_counter() - began, service.host, service.port)
+            while system.ray.address is None:
+                time.sleep(1.0)
+        finally:
+            if system.ray.address is None:
+                log.info("stopping, when the answers under way are given; asked once more, at once")
+                withdraw()
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """To a cluster; one that is started here ends here. What asks the command to stop raises KeyboardInterrupt inside."""
+    import ray
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # A dashboard is for who starts a cluster; one that comes with it also reports its use to Ray's makers.
+    options: dict[str, Any] = {} if address is not None else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError) as error:
+        remedy = f"no cluster answers ({error}); start one with `ray start --head`, or leave it out"
+        raise InvalidConfig("ray.address", address, remedy) from None
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,153 @@
+"""The same app as the ingress of Ray Serve: each replica has an engine of its own, and all engines pull from one store.
+
+Ray routes requests to any replica and starts, replaces and counts replicas; who makes which job is the store's business, as it
+is among processes without Ray. So a replica may go at any time: its jobs are taken up by others, and those who wait for an
+answer of another replica hear of them through the store.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import re
+import time
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from smartdiff_jax.config.ray import is_sqlite
+from smartdiff_jax.config.service import ServiceConfig
+from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.engine.artifacts import Artifacts
+from smartdiff_jax.engine.store import JobStore
+from smartdiff_jax.errors import InvalidConfig, SmartdiffError
+from smartdiff_jax.serve.app import create_app
+from smartdiff_jax.serve.scaling import BEGUN, WAITING, QueueTime
+
+log = logging.getLogger("smartdiff")
+
+NAME = "smartdiff"
+MANY = 10_000
+"""Requests that a replica answers at once; most only wait for something, and what is too much the service itself refuses."""
+TRIES = 3
+"""How often a replica may fail to start before a deployment is given up."""
+HEALTH_SECONDS = 5.0
+LOOK_SECONDS = 0.5
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+SCALE_UP_SECONDS, SCALE_DOWN_SECONDS = 10.0, 300.0
+"""How long more, or fewer, replicas must be wanted before there are: to start one costs its loading and warming."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """What each replica is made of. machine: the address of the one that the paths were settled on."""
+
+    models: tuple[str, ...]
+    system: SystemConfig
+    service: ServiceConfig
+    machine: str
+
+
+@serve.ingress()
+class Replica:
+    """One engine and the app over it."""
+
+    def __init__(self, deployment: Deployment):
+        log.setLevel(logging.INFO)
+        log.handlers = logging.getLogger("ray.serve").handlers  # where Ray keeps what a replica tells
+        here = ray.util.get_node_ip_address()
+        if is_sqlite(deployment.service.store) and here != deployment.machine:
+            remedy = f"lies on {deployment.machine}, and {here} cannot share it; use PostgreSQL for several machines"
+            raise InvalidConfig("store", deployment.service.store, remedy)
+        self._deployment = deployment
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        config = self._deployment.service
+        store = JobStore(config.store, ttl=config.keep_hours * 3600)
+        files = Artifacts(config.artifacts)
+
+        def load() -> Any:
+            from smartdiff_jax.engine.engine import Engine
+
+            return Engine.of(self._deployment.models, self._deployment.system, store, files, config)
+
+        app = create_app(config, load, alone=False)
+        self._service = app.state.service
+        return app
+
+    async def check_health(self) -> None:
+        """Ray asks it before the first request, so that a replica counts when its models are warm, and all the time after."""
+        await asyncio.to_thread(self._service.started.wait)
+        if (failure := self._service.failure) is not None:
+            raise SmartdiffError(failure)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        waiting, begun = self._service.engine.queue.backlogs()
+        return {WAITING: waiting, BEGUN: begun}
+
+
+def deploy(models: list[str], system: SystemConfig, service: ServiceConfig) -> None:
+    """Put these replicas in the place of those that are there, one after another, on the cluster this process is connected to.
+
+    Returns when all run. Raises SmartdiffError with what they failed by; those that were there and not yet replaced go on.
+    """
+    config = system.ray
+    needed = {"num_cpus": config.cpus, "num_gpus": config.gpus_of_a_host(system.mesh.num_devices)}
+    _check_room(needed)
+    number: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas is not None:
+        policy = AutoscalingPolicy(policy_function=QueueTime, policy_kwargs={"queue_seconds": config.queue_seconds})
+        number = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=config.replicas,
+                max_replicas=config.max_replicas,
+                upscale_delay_s=SCALE_UP_SECONDS,
+                downscale_delay_s=SCALE_DOWN_SECONDS,
+                policy=policy,
+            )
+        }
+    deployment = serve.deployment(
+        Replica,
+        name=NAME,
+        ray_actor_options=needed,
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=config.drain_seconds,
+        health_check_period_s=HEALTH_SECONDS,
+        max_constructor_retry_count=TRIES,
+        logging_config=QUIET,
+        **number,
+    )
+    serve.start(proxy_location="EveryNode", http_options={"host": service.host, "port": service.port}, logging_config=QUIET)
+    made_of = Deployment(tuple(models), system, service, ray.util.get_node_ip_address())
+    try:
+        serve.run(deployment.bind(made_of), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        found = serve.status().applications[NAME].deployments.get(NAME)
+        raise SmartdiffError(_cause(str(error) if found is None else found.message)) from None
+
+
+def withdraw() -> None:
+    """Take all replicas away, after they have given the answers they are giving and saved the jobs they have begun."""
+    serve.delete(NAME, _blocking=False)
+    while NAME in serve.status().applications:
+        time.sleep(LOOK_SECONDS)
+
+
+def _check_room(needed: dict[str, int]) -> None:
+    """Raises InvalidConfig where no machine that is there could ever hold a replica; Ray would wait for one that can."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for field, resource, remedy in (
+        ("ray.gpus", "GPU", "give what a machine has, and a mesh of as many; 0 computes on CPUs"),
+        ("ray.cpus", "CPU", "give what a machine has, or less"),
+    ):
+        wanted, most = needed[f"num_{resource.lower()}s"], max(int(machine.get(resource, 0)) for machine in machines)
+        if wanted > most:
+            raise InvalidConfig(field, wanted, f"no machine of the cluster has more than {most} of them; {remedy}")
+
+
+def _cause(message: str) -> str:
+    """The last line of the traceback that Ray tells, which says what went wrong, without the exception's class."""
+    lines = message.strip().splitlines()
+    return re.sub(r"^[a-z_.]+[A-Z]\w+: ", "", lines[-1]) if lines else "Ray's controller tells why in its log"
