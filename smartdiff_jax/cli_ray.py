@@ -51,7 +51,6 @@ def _connected(address: str | None) -> Iterator[None]:
     import ray
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # A dashboard is for who starts a cluster; one that comes with it also reports its use to Ray's makers.
     options: dict[str, Any] = {} if address is not None else {"include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -64,6 +63,8 @@ def _connected(address: str | None) -> Iterator[None]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupt)
+    if address is None:
+        log.info("a Ray cluster is started, whose address is %s", ray.get_runtime_context().gcs_address)
     try:
         yield
     finally:

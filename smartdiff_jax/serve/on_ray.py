@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from smartdiff_jax.config.ray import is_sqlite
+from smartdiff_jax.config.ray import RayConfig, is_sqlite
 from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.artifacts import Artifacts
@@ -49,6 +49,12 @@ class Deployment:
     service: ServiceConfig
     machine: str
 
+    def check(self, here: str) -> None:
+        """Raises InvalidConfig where a replica that is started on the machine `here` would have a store of its own."""
+        if is_sqlite(self.service.store) and here != self.machine:
+            remedy = f"lies on {self.machine}, and {here} cannot share it; use PostgreSQL for several machines"
+            raise InvalidConfig("store", self.service.store, remedy)
+
 
 @serve.ingress()
 class Replica:
@@ -57,10 +63,7 @@ class Replica:
     def __init__(self, deployment: Deployment):
         log.setLevel(logging.INFO)
         log.handlers = logging.getLogger("ray.serve").handlers  # where Ray keeps what a replica tells
-        here = ray.util.get_node_ip_address()
-        if is_sqlite(deployment.service.store) and here != deployment.machine:
-            remedy = f"lies on {deployment.machine}, and {here} cannot share it; use PostgreSQL for several machines"
-            raise InvalidConfig("store", deployment.service.store, remedy)
+        deployment.check(ray.util.get_node_ip_address())
         self._deployment = deployment
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -95,7 +98,7 @@ def deploy(models: list[str], system: SystemConfig, service: ServiceConfig) -> N
     """
     config = system.ray
     needed = {"num_cpus": config.cpus, "num_gpus": config.gpus_of_a_host(system.mesh.num_devices)}
-    _check_room(needed)
+    _check_room(config, needed)
     number: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:
         policy = AutoscalingPolicy(policy_function=QueueTime, policy_kwargs={"queue_seconds": config.queue_seconds})
@@ -135,16 +138,20 @@ def withdraw() -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _check_room(needed: dict[str, int]) -> None:
-    """Raises InvalidConfig where no machine that is there could ever hold a replica; Ray would wait for one that can."""
+def _check_room(config: RayConfig, needed: dict[str, int]) -> None:
+    """Raises InvalidConfig where a replica could never be placed; Ray would wait for machines that can hold it.
+
+    Others may be added to a cluster that was there before. One that is started here has this machine alone.
+    """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for field, resource, remedy in (
-        ("ray.gpus", "GPU", "give what a machine has, and a mesh of as many; 0 computes on CPUs"),
-        ("ray.cpus", "CPU", "give what a machine has, or less"),
-    ):
-        wanted, most = needed[f"num_{resource.lower()}s"], max(int(machine.get(resource, 0)) for machine in machines)
-        if wanted > most:
-            raise InvalidConfig(field, wanted, f"no machine of the cluster has more than {most} of them; {remedy}")
+    for field, resource, remedy in (("gpus", "GPU", "0 computes on CPUs"), ("cpus", "CPU", "a replica needs one at least")):
+        one = needed[f"num_{resource.lower()}s"]
+        most = int(max(machine.get(resource, 0) for machine in machines))
+        if one > most:
+            raise InvalidConfig(f"ray.{field}", one, f"no machine of the cluster has more than {most} to give; {remedy}")
+        if config.address is None and one * config.replicas > most:
+            told = f"this machine has {most} {resource}s, and each takes {one}; have fewer, or name a cluster (ray.address)"
+            raise InvalidConfig("ray.replicas", config.replicas, told)
 
 
 def _cause(message: str) -> str:

@@ -21,5 +21,5 @@ class QueueTime:
         told = context.aggregated_metrics or {}
         waiting, begun = (list(told.get(name, {}).values()) for name in (WAITING, BEGUN))
         if not waiting:  # nobody has told anything yet
-            return context.target_num_replicas, {}
+            return float(context.target_num_replicas), {}
         return (max(waiting) + sum(begun)) / self._queue_seconds, {}
