@@ -6,8 +6,8 @@
     scale      seconds for a full queue of pictures by one replica on one core, and by two, each on a core of its own
     upgrade    pictures waited for, streams of events and lists of jobs, asked without a pause while both replicas are replaced
 
-The cluster has machines of one core: raylets that are bound to it, with all they start. What does no work of theirs, Ray's head,
-the database and this client, runs on the same two cores, beside them. Writes benchmarks/results/replicas-<device>.json.
+The cluster has machines of one core: raylets that are bound to it, with all they start. Ray's head and this client run on the
+same two cores beside them. Writes benchmarks/results/replicas-<device>.json.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from benchmarks.measure import result_file, stamp, write  # noqa: E402
 from smartdiff_jax.client import Client  # noqa: E402
 
 MODEL = "pocket-image"
-PICTURE: dict[str, Any] = dict(num_inference_steps=40, seed=1)
-QUEUE = 40
+PICTURE: dict[str, Any] = dict(num_inference_steps=20, seed=1)
+QUEUE = 60
 SHORT = dict(prompt="a dog", num_inference_steps=4, response_format="url")
 COMMAND = [sys.executable, "-c", "from smartdiff_jax.cli import main; main()"]
 

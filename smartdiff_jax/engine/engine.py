@@ -36,7 +36,7 @@ from smartdiff_jax.engine.shapes import Shapes
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.engine.upgrade import Upgrades
 from smartdiff_jax.engine.warming import warm_defaults
-from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.errors import HostLost, InvalidRequest
 from smartdiff_jax.stages.base import Progress
 
 MAX_MEDIA = 8
@@ -77,7 +77,7 @@ class Engine:
         self.listeners: list[Callable[[str], None]] = []
         self._stopping = threading.Event()
         self._news = threading.Event()
-        self._started = self._taking = False
+        self._started = self._taking = self._are_hosts_lost = False
         self._media = 0
         self._dirty: set[str] = set()
         self.shapes = Shapes()
@@ -128,7 +128,7 @@ class Engine:
         self.shapes.stop()
         self._writers.shutdown()
         for run in list(self.queue.runs.values()):
-            if run.can_checkpoint and not run.cancelled:
+            if run.can_checkpoint and not (run.cancelled or self._are_hosts_lost):
                 self._in_background(self._write, run, run.checkpoint())
             self._in_background(deliver.persist, lambda run=run: self.store.release(run.job.id, self.name))
         self.store.save_rates(self.costs.changes())
@@ -355,6 +355,8 @@ class Engine:
     # How jobs end, on any thread.
 
     def _fail(self, run: Run, error: Exception, counted: bool = False) -> None:
+        if isinstance(error, HostLost):
+            return self._end_with_hosts(error)
         told = deliver.told(error)
         log.error("%s failed: %s", run.job.id, told["message"], exc_info=error if told["code"] == "internal_error" else None)
         run.close()
@@ -363,6 +365,16 @@ class Engine:
             return
         self.queue.retire(run)
         self._writers.submit(self._end, run, "failed", error=told)  # the store may be slow, the device must not wait
+
+    def _end_with_hosts(self, error: HostLost) -> None:
+        """Nothing can be made here any more, and no job is to blame: whoever starts the hosts again, or another engine, makes
+        them, when their leases are over or `stop` has given them back."""
+        log.error("the engine ends: %s", error)
+        self._are_hosts_lost = True
+        self._stopping.set()
+        self._news.set()
+        with self._turn:
+            self._turn.notify_all()
 
     def _drop_ended(self) -> None:
         """Runs that are cancelled, or another's by now."""

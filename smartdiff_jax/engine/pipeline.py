@@ -184,8 +184,9 @@ class Pipeline(Announced):
         self._text.forget()
 
     def compile_decoder(self, params: ResolvedParams) -> None:
-        """So that a picture of this size is not waited for when it is decoded."""
-        self._decode.compile(self._model.latent_shape(params.width, params.height, params.num_frames))
+        """So that a picture of this size is not waited for when it is decoded. Not on several hosts, which compile together."""
+        if self._lead is None:
+            self._decode.compile(self._model.latent_shape(params.width, params.height, params.num_frames))
 
     @property
     def weights_id(self) -> str:
@@ -203,15 +204,14 @@ class Pipeline(Announced):
         """The request as a generator: Progress between chunks, the GenerateOutput last.
 
         What it yields in its stage "denoise" is a Pause. resume: go on from there, with the same request (seed included)
-        and inputs. stops: steps of the first output after which it pauses with a preview. On several hosts there is neither,
-        and HostLost, as soon as one is lost.
+        and inputs. stops: steps of the first output after which it pauses with a preview. On several hosts it raises HostLost
+        as soon as one is lost.
         """
         if self._lead is None:
             return self.events(request, inputs, output_type, resume, stops)
-        if resume is not None or stops:
-            raise InvalidConfig("hosts", self.system.hosts, "a request on several hosts has no checkpoints and no previews")
         request = request.model_copy(update={"seed": self.check(request).seed})
-        return self._lead.stream(self.events(request, inputs, output_type), request, inputs, output_type)
+        told = inputs, output_type, resume, stops
+        return self._lead.stream(self.events(request, *told), request, *told)
 
     def events(
         self,
@@ -298,7 +298,7 @@ class Pipeline(Announced):
 
         def preview(to_uint8: bool = True) -> np.ndarray:
             latents = self._unpack(estimate, grid=grid)[:1, :, :1]
-            return np.asarray(self._decode(latents, to_uint8))[0, 0]
+            return fetch(self._decode(latents, to_uint8))[0, 0]
 
         return Pause(
             *dataclasses.astuple(progress),

@@ -6,9 +6,11 @@ answer of another replica hear of them through the store.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import re
+import socket
 import time
 from typing import Any
 
@@ -16,10 +18,11 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from smartdiff_jax.config.ray import RayConfig, is_sqlite
 from smartdiff_jax.config.service import ServiceConfig
-from smartdiff_jax.config.system import SystemConfig
+from smartdiff_jax.config.system import HostsConfig, SystemConfig
 from smartdiff_jax.engine.artifacts import Artifacts
 from smartdiff_jax.engine.store import JobStore
 from smartdiff_jax.errors import InvalidConfig, SmartdiffError
@@ -74,7 +77,10 @@ class Replica:
         def load() -> Any:
             from smartdiff_jax.engine.engine import Engine
 
-            return Engine.of(self._deployment.models, self._deployment.system, store, files, config)
+            system = self._deployment.system
+            if system.ray.hosts > 1:
+                system = _lead(system)
+            return Engine.of(self._deployment.models, system, store, files, config)
 
         app = create_app(config, load, alone=False)
         self._service = app.state.service
@@ -91,13 +97,46 @@ class Replica:
         return {WAITING: waiting, BEGUN: begun}
 
 
+def _follow(system: SystemConfig, number: int) -> None:
+    """Be any other host of a replica whose mesh reaches over several, in a process that ends with the one that leads."""
+    from smartdiff_jax.engine.hosts import follow
+
+    assert system.hosts is not None
+    follow(system.hosts, number, system.cache_dir)
+
+
+def _lead(system: SystemConfig) -> SystemConfig:
+    """Start the other hosts, each in its bundle of the group that this replica was placed with, and connect to them.
+
+    Returns what this replica runs by, with `hosts`.
+    """
+    from smartdiff_jax.engine.hosts import connect
+
+    config, here = system.ray, ray.util.get_node_ip_address()
+    hosts = HostsConfig(coordinator=f"{here}:{two_free_ports()}", count=config.hosts)
+    system = system.model_copy(update={"hosts": hosts})
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "deploy places a replica of several hosts in one"
+    once = ray.remote(max_calls=1, max_retries=0)(_follow)  # JAX connects a process to hosts once
+    for number in range(1, config.hosts):
+        place = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=number)
+        once.options(scheduling_strategy=place, **_needs(system)).remote(system, number)
+    connect(hosts)
+    return system
+
+
+def _needs(system: SystemConfig) -> dict[str, Any]:
+    """Of each host of a replica."""
+    return {"num_cpus": system.ray.cpus, "num_gpus": system.ray.gpus_of_a_host(system.mesh.num_devices)}
+
+
 def deploy(models: list[str], system: SystemConfig, service: ServiceConfig) -> None:
     """Put these replicas in the place of those that are there, one after another, on the cluster this process is connected to.
 
     Returns when all run. Raises SmartdiffError with what they failed by; those that were there and not yet replaced go on.
     """
     config = system.ray
-    needed = {"num_cpus": config.cpus, "num_gpus": config.gpus_of_a_host(system.mesh.num_devices)}
+    needed = _needs(system)
     _check_room(config, needed)
     number: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:
@@ -111,6 +150,9 @@ def deploy(models: list[str], system: SystemConfig, service: ServiceConfig) -> N
                 policy=policy,
             )
         }
+    if config.hosts > 1:
+        bundle = {"CPU": needed["num_cpus"]} | ({"GPU": needed["num_gpus"]} if needed["num_gpus"] else {})
+        number |= {"placement_group_bundles": [bundle] * config.hosts, "placement_group_strategy": "STRICT_SPREAD"}
     deployment = serve.deployment(
         Replica,
         name=NAME,
@@ -152,9 +194,20 @@ def _check_room(config: RayConfig, needed: dict[str, int]) -> None:
         if config.address is None and one * config.replicas > most:
             told = f"this machine has {most} {resource}s, and each takes {one}; have fewer, or name a cluster (ray.address)"
             raise InvalidConfig("ray.replicas", config.replicas, told)
+    if config.address is None and config.hosts > 1:
+        raise InvalidConfig("ray.hosts", config.hosts, "this machine is one; name a cluster of as many (ray.address)")
 
 
 def _cause(message: str) -> str:
     """The last line of the traceback that Ray tells, which says what went wrong, without the exception's class."""
     lines = message.strip().splitlines()
     return re.sub(r"^[a-z_.]+[A-Z]\w+: ", "", lines[-1]) if lines else "Ray's controller tells why in its log"
+
+
+def two_free_ports() -> int:
+    """The first of two in a row."""
+    while True:
+        with socket.create_server(("", 0)) as one:
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError), socket.create_server(("", port + 1)):
+                return port

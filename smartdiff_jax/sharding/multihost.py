@@ -67,6 +67,7 @@ class Leader:
         self._lost: HostLost | None = None
         self._closing = False
         self._work: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._order = threading.RLock()
         try:
             server = socket.create_server(("", hosts.port + 1))
         except OSError as error:
@@ -97,20 +98,25 @@ class Leader:
     def send(self, command: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
         """To all followers. Raises HostLost."""
         message = _encode(command, arrays or {})
-        for number, connection in self._followers.items():
-            self._check()
-            try:
-                connection.send_bytes(message)
-            except OSError:
-                self._lose(number, "its process ended")
+        with self._order:
+            for number, connection in self._followers.items():
+                self._check()
+                try:
+                    connection.send_bytes(message)
+                except OSError:
+                    self._lose(number, "its process ended")
         self._check()
 
-    def run(self, function: Callable[[], T]) -> T:
-        """function(), computed with the followers; HostLost as soon as one is lost, whatever the function waits for."""
-        self._check()
+    def run(self, function: Callable[[], T], command: Mapping[str, Any]) -> T:
+        """function(), computed with the followers, whom the command tells so; on several threads, in one order on all hosts.
+
+        Raises HostLost as soon as one is lost, whatever the function waits for.
+        """
         future: Future[T] = Future()
         future.add_done_callback(self._notify)
-        self._work.put((future, function))
+        with self._order:
+            self.send(command)
+            self._work.put((future, function))
         with self._changed:
             self._changed.wait_for(lambda: future.done() or self._lost is not None)
             if future.done() and isinstance(future.exception(), Exception) and _is_of_runtime(future.exception()):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smartdiff_jax.errors import CheckpointError
+from smartdiff_jax.sharding.multihost import fetch
 
 Leaves = Mapping[str, np.ndarray]
 
@@ -72,8 +73,8 @@ class Checkpoint:
 
 
 def to_host(carry: Any) -> dict[str, np.ndarray]:
-    """Leaves by path, copied: the loop gives the carry's memory to its next chunk."""
-    return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(carry)}
+    """Leaves by path, copied: the loop gives the carry's memory to its next chunk. All hosts must call it."""
+    return {jax.tree_util.keystr(path): np.array(fetch(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(carry)}
 
 
 def restore(leaves: Leaves, like: Any) -> Any:

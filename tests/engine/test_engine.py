@@ -20,7 +20,7 @@ from smartdiff_jax.engine.engine import Engine
 from smartdiff_jax.engine.pipeline import Pause
 from smartdiff_jax.engine.run import CHECKPOINT, Run
 from smartdiff_jax.engine.store import JobStore, QueueFull
-from smartdiff_jax.errors import InvalidRequest
+from smartdiff_jax.errors import HostLost, InvalidRequest
 
 SMALL = dict(prompt="a red fox", size="32x32", num_frames=5, num_inference_steps=4, seed=3)  # the shape other tests compile
 
@@ -208,6 +208,29 @@ def test_a_poisoned_job_fails_alone(bench, pipe, monkeypatch):
     assert ended[2].error["code"] == "internal_error" and "secret" not in ended[2].error["message"]
     bench.wait_for(lambda: not engine.queue.runs)
     assert engine.is_alive
+
+
+def test_a_lost_host_ends_the_engine_and_no_job(bench, pipe, monkeypatch):
+    stream = type(pipe).stream
+
+    def losing(self, request, **options):
+        for event in stream(self, request, **options):
+            if event.stage == "denoise":
+                raise HostLost("host 1 is lost: its process ended")
+            yield event
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(pipe), "stream", losing)
+        engine = bench.engine()
+        engine.start()
+        jobs = [bench.submit(), bench.submit()]
+        bench.wait_for(lambda: not engine.is_alive)
+        assert {bench.store.get(job.id).state for job in jobs} <= {"queued", "running"}
+        engine.stop()  # as whoever sees that it has died stops it
+        bench.engines.remove(engine)
+    assert [bench.store.get(job.id).state for job in jobs] == ["queued", "queued"]
+    bench.engine().start()
+    assert [bench.wait(job).state for job in jobs] == ["succeeded", "succeeded"]
 
 
 def test_a_full_disk_fails_the_job_and_not_the_engine(bench, monkeypatch):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from leader import REQUEST
+from leader import REQUEST, save_and_resume
 
 from smartdiff_jax.config.system import HostsConfig, MeshConfig, SystemConfig
 from smartdiff_jax.errors import InvalidConfig
@@ -27,7 +27,7 @@ import jax, numpy as np
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.sharding.multihost import Leader
 leader = Leader(SystemConfig.from_file(sys.argv[2]).hosts)
-assert leader.run(lambda: jax.device_count()) == 2
+assert leader.run(lambda: jax.device_count(), {"kind": "nothing"}) == 2
 """
 PATIENCE = 500
 """Seconds for processes to start and compile; how soon a loss shows is asserted by itself."""
@@ -101,6 +101,7 @@ def start(folder, tmp_path):
 
 def test_two_hosts_and_a_lost_follower(start, pipe):
     hosts = start(dict(ring=2, ulysses=2), count=2, devices=2)
+    hosts.wait_for("saved\n")
     hosts.wait_for("denoise 4\n")
     assert "cancelled\n" in hosts.said(0)
     hosts.processes[1].send_signal(signal.SIGKILL)
@@ -113,6 +114,9 @@ def test_two_hosts_and_a_lost_follower(start, pipe):
             expected = getattr(one, name)
             assert np.linalg.norm(found[name] - expected) <= 1e-5 * np.linalg.norm(expected)
         np.testing.assert_array_equal(found["again"], found["frames"])
+        np.testing.assert_array_equal(found["resumed"], found["frames"])
+        expected = save_and_resume(pipe)[1]
+        assert expected.std() > 1 and np.abs(found["preview"].astype(int) - expected).max() <= 1
         assert list(found["steps"]) == one.report.steps
 
 

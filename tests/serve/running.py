@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import secrets
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +19,16 @@ from smartdiff_jax.client import Client
 COMMAND = [sys.executable, "-c", "from smartdiff_jax.cli import main; main()"]
 SMALL = dict(size="32x32", num_frames=1, num_inference_steps=4, seed=3)
 CLIP = dict(size="32x32", num_frames=5, num_inference_steps=200, seed=3)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def ray_secret():
+    """The environment of whoever may connect to a cluster of its own; without one given, Ray would leave one at home."""
+    return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @dataclasses.dataclass

@@ -5,9 +5,7 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+import running
 from running import CLIP, COMMAND, SMALL
 from starlette.testclient import TestClient
 
@@ -38,7 +37,8 @@ SECONDS = 300
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("ray", "ray.serve"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SmartdiffError, match=r"--ray needs Ray Serve .*pip install 'smartdiff_jax\[ray\]'"):
         serve_on_ray(["pocket-image"], SystemConfig.create(), ServiceConfig.create())
 
@@ -116,14 +116,12 @@ class Cluster:
     """A `smartdiff serve --ray` with a cluster of its own; all its processes end with it."""
 
     def __init__(self, model, config, folder):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = running.free_port()
         fields = json.loads(config.read_text())
         fields["service"] |= {"port": port}
         self.fields = fields | {"ray": {"replicas": REPLICAS, "gpus": 0}}
         self.url, self.model, self.folder = f"http://127.0.0.1:{port}", model, folder
-        # Who connects to a cluster by its address shows that it may; without a token given, Ray would leave one at home.
-        self.secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.secret = running.ray_secret()
         self.log = folder / "log.txt"
         with self.log.open("w") as out:
             self.process = self.start("first.yaml", stdout=out, stderr=out, start_new_session=True)
@@ -132,7 +130,7 @@ class Cluster:
         file = self.folder / name
         file.write_text(json.dumps(self.fields | {"ray": self.fields["ray"] | {"address": address}}))
         command = [*COMMAND, "serve", "--ray", str(file), "--model", str(self.model)]
-        return subprocess.Popen(command, cwd=self.folder, env=os.environ | self.secret, **options)
+        return subprocess.Popen(command, cwd=self.folder, env=self.secret, **options)
 
     def wait_for(self, pattern):
         until = time.monotonic() + SECONDS
