@@ -6,7 +6,8 @@
 Two `smartdiff serve` processes share a store. Submitters send small pictures and short clips, each with an Idempotency-Key of
 its own that they repeat until they are answered. Every few seconds one process, whatever it is doing, is killed (SIGKILL, or
 every fourth time SIGTERM or SIGINT) and started again. At the end every accepted job must have succeeded, once, with the bytes
-that the pipeline gives in this process without any interruption. Writes benchmarks/results/kills-<device>.json.
+that the pipeline gives in this process without any interruption; and no more of what a server had denoised may be done again
+than a checkpoint interval and a chunk. Writes benchmarks/results/kills-<device>.json.
 """
 
 import argparse
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import stamp, write  # noqa: E402
-from benchmarks.servers import address, launch  # noqa: E402
+from benchmarks.servers import COUNTED, address, launch, taken_up  # noqa: E402
 
 MODELS = "pocket-image", "pocket-video"
 PICTURE = dict(model="pocket-image", prompt="a dog", num_inference_steps=4, output_format="png")
@@ -39,7 +40,8 @@ KINDS: tuple[dict[str, Any], ...] = (
     *(CLIP | {"seed": seed} for seed in range(3)),
 )
 FINAL = "succeeded", "failed", "cancelled"
-CONFIG = "service:\n  max_queued: 24\n  checkpoint_seconds: 0.5\n"
+CHECKPOINT_SECONDS = 0.5
+CONFIG = f"service:\n  max_queued: 24\n  checkpoint_seconds: {CHECKPOINT_SECONDS}\n"
 
 
 class Process:
@@ -51,7 +53,7 @@ class Process:
 
     def start(self) -> None:
         self.log = self.folder / f"log-{self.number}.txt"
-        self.process = launch(self.folder, self.log, MODELS)
+        self.process = launch(self.folder, self.log, MODELS, before=COUNTED)
         self.url = ""
 
     def find(self) -> str:
@@ -186,6 +188,7 @@ def main() -> None:
             stop.set()
             for server in servers:
                 server.end(signal.SIGTERM)
+        again = taken_up(folder)
     results = {
         "stamp": stamp(arguments.commit),
         "kills": dict(signals),
@@ -197,6 +200,13 @@ def main() -> None:
         "never_ended": len(accepted) - len(jobs),
         "attempts": dict(collections.Counter(str(fields.get("attempts")) for fields in jobs.values())),
         "wrong": wrong,
+        "taken_up": {
+            "times": len(again),
+            "steps_done_again": sum(each.steps for each in again),
+            "seconds_done_again": {"most": max(each.seconds for each in again), "sum": sum(each.seconds for each in again)},
+            "longest_chunk_seconds": max(each.chunk for each in again),
+            "more_than_an_interval_and_a_chunk": sum(each.seconds > CHECKPOINT_SECONDS + each.chunk for each in again),
+        },
     }
     print({name: value for name, value in results.items() if name != "stamp"})
     print(write("kills", results))

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 import tiny
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from running import start  # noqa: E402
 

@@ -15,8 +15,12 @@ import running
 from faults import Fault
 from running import CLIP, COMMAND, SMALL
 
+from benchmarks.servers import COUNTED, taken_up
 from smartdiff_jax import cli
 from smartdiff_jax.client import ServiceError
+
+CHECKPOINT_SECONDS = 0.05
+"""As conftest.py's config has it."""
 
 
 def wait(client, job, *states, seconds=300):
@@ -30,18 +34,18 @@ def wait(client, job, *states, seconds=300):
 def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server, tmp_path):
     """Killed in the middle of denoising, after at least one checkpoint, with others waiting behind it."""
     video, picture = CLIP | dict(seed=5), SMALL
-    first = running.start(model, config, tmp_path)
+    first = running.start(model, config, tmp_path, before=COUNTED)
     with first.client() as client:
         job = client.submit("a red fox", **video)
         checkpoint = tmp_path / "artifacts" / job.id / "checkpoint.safetensors"
         until = time.monotonic() + 300
-        while not (checkpoint.exists() and 0 < client.get(job.id).progress < 1):
+        while not (checkpoint.exists() and 0.2 < client.get(job.id).progress < 1):
             assert time.monotonic() < until, client.get(job.id)
             time.sleep(0.01)
         behind = [client.submit("a dog", **picture | dict(seed=seed)) for seed in range(3)]
         assert first.kill(signal.SIGKILL) is not None
     first.outlive_leases()
-    second = running.start(model, config, tmp_path)
+    second = running.start(model, config, tmp_path, before=COUNTED)
     with second.client() as client, server.client() as undisturbed:
         ended = [wait(client, each) for each in (job, *behind)]
         assert [each.state for each in ended] == ["succeeded"] * 4, ended
@@ -52,6 +56,8 @@ def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(model, config, server
         assert [client.read(url) for url in ended[0].files] == [undisturbed.read(url) for url in whole.files]
         assert ended[0].report["steps"] == whole.report["steps"] == ["F" * 200]
         assert not checkpoint.exists()
+    again = next(each for each in taken_up(tmp_path) if each.job == job.id)
+    assert again.seconds <= CHECKPOINT_SECONDS + 2 * again.chunk, again  # one of which while the checkpoint is written
     second.kill(signal.SIGINT)  # at rest
     assert "Traceback" not in first.log.read_text() + second.log.read_text()
 
