@@ -212,7 +212,7 @@ def judge(clips: Clips, full: Clips) -> dict[str, Any]:
         "ssim": interval(likeness),
         "retrieval": round(float(np.mean(np.array(nearest) == np.arange(len(nearest)))), 4),
         "steps": clips.letters[0],
-        "psnr_by_prompt": [round(float(value), 2) for value in db],
+        "psnr_by_prompt": [round(float(value), 1) for value in db],
     }
 
 
