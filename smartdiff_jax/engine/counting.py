@@ -93,7 +93,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
 class CountedAttend:
     """`Attend` whose calls stand by name in a jaxpr. What comes out has the right shape and no meaning."""
 
-    whole = False
+    whole = fused = False
 
     def self_attention(self, tokens):
         return _named("self", lambda q, k, v: q + k + v)(*tokens)

@@ -49,6 +49,11 @@ class Attend(Protocol):
         """Whether no stream is split or padded, so that picture and text may be joined into one."""
         ...
 
+    @property
+    def fused(self) -> bool:
+        """Whether kernels that know one GPU alone, and have no gradient, may make what is attended to (models/turn.py)."""
+        ...
+
     def self_attention(self, tokens: QKV) -> Float[Array, "b r h d"]:
         """The picture's tokens among themselves."""
         ...

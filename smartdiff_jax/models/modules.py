@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.models.layers import scan_blocks
-from smartdiff_jax.models.turn import Unturned, is_fused, joined, turned
+from smartdiff_jax.models.turn import Unturned, joined, turned
 
 T = TypeVar("T")
 Out = Any
@@ -158,7 +158,7 @@ class Wrapped:
 
     @property
     def fused(self):
-        return is_fused(self._attend)
+        return self._attend.fused
 
     def self_attention(self, tokens):
         return self._attend.self_attention(tokens)

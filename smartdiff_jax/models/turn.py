@@ -1,7 +1,7 @@
 """What lies between a block's projections and its attention: queries and keys are normed, and turned by their positions.
 
 A block says what is to be done (`Unturned`); what attends says whether one kernel may do it in one pass, and join picture and
-text with it (`LocalAttend.fused`). Else it is left to XLA.
+text with it (`Attend.fused`). Else it is left to XLA.
 """
 
 import dataclasses
@@ -56,13 +56,8 @@ def joined(attend: Attend, tokens: Unturned, text: Unturned) -> QKV | None:
     return QKV(*_by_kernel(tokens, text))
 
 
-def is_fused(attend: Attend) -> bool:
-    """Whether kernels that know one GPU alone, and have no gradient, may make what is attended to."""
-    return getattr(attend, "fused", False)
-
-
 def _are_fused(attend: Attend, *streams: Unturned) -> bool:
-    if not is_fused(attend):
+    if not attend.fused:
         return False
     from smartdiff_jax.kernels import fused_turn  # Pallas takes half a second to import
 

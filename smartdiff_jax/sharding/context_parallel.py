@@ -75,8 +75,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 class LocalAttend:
     """`Attend` where one device holds everything: the kernel itself.
 
-    Joint attention puts the text behind the picture, so that padded text is the end of the keys. fused: what is attended to
-    may be made by kernels that know one GPU alone and have no gradient (models/turn.py).
+    Joint attention puts the text behind the picture, so that padded text is the end of the keys. fused: see `Attend`.
     """
 
     def __init__(self, kernel: AttentionFn, num_tokens: NumTokens | None = None, *, fused: bool = False):
@@ -138,6 +137,10 @@ class MeshAttend:
 
     @property
     def whole(self) -> bool:
+        return False
+
+    @property
+    def fused(self) -> bool:
         return False
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":

@@ -12,7 +12,7 @@ from smartdiff_jax.kernels.fp8 import Columns, Part, Product
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models import modules
 from smartdiff_jax.models.layers import RMSNorm
-from smartdiff_jax.models.turn import Unturned, is_fused, joined, turned
+from smartdiff_jax.models.turn import Unturned, joined, turned
 from smartdiff_jax.sharding.context_parallel import LocalAttend, wrap
 from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.training.flow_matching import attend_with
@@ -130,11 +130,11 @@ def test_one_gpu_alone_is_served(monkeypatch):
         raise AssertionError
 
     one, two = (make_mesh(MeshConfig(ring=ring)) for ring in (1, 2))
-    assert not is_fused(wrap(kernel, one)) and not is_fused(attend_with("xla"))
+    assert not wrap(kernel, one).fused and not attend_with("xla").fused
     wrap.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert is_fused(wrap(kernel, one)) and not is_fused(wrap(kernel, two)) and not is_fused(attend_with("xla"))
-    assert is_fused(modules.HeldModules(wrap(kernel, one), lambda name, held, compute: compute(), ()))
+    assert wrap(kernel, one).fused and not wrap(kernel, two).fused and not attend_with("xla").fused
+    assert modules.HeldModules(wrap(kernel, one), lambda name, held, compute: compute(), ()).fused
     wrap.cache_clear()
 
 
