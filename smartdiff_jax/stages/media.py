@@ -22,7 +22,9 @@ from jaxtyping import UInt8
 
 from smartdiff_jax.errors import InvalidRequest
 
-CRF = "17"  # of libx264; visually lossless
+X264 = {"crf": "17", "bf": "0"}
+"""Visually lossless. No B-frames: with them the same frames come out as one of up to nine files, by what lay in memory before,
+where their sides are no multiples of 128; and a job that is made again must end in the same bytes."""
 BT709 = 1  # FFmpeg's number for it, alike in its enums of colour matrix, primaries and transfer curve
 
 
@@ -88,7 +90,7 @@ def _write_mp4(file: Path, frames: np.ndarray, fps: int | float) -> None:
     _, height, width, _ = frames.shape
     odd = ((0, height % 2), (0, width % 2), (0, 0))
     with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": CRF})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=X264)
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         # said in the file, because players guess the matrix by the size of the picture
         codec = stream.codec_context

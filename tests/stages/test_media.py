@@ -87,6 +87,22 @@ def test_mp4_of_one_frame(tmp_path):
     assert decoded.shape == (1, 48, 64, 3)
 
 
+def test_the_same_frames_are_the_same_mp4(tmp_path):
+    """libx264 with B-frames made several files of these, by what others had left in memory."""
+
+    def texture(seed, side):
+        random = np.random.default_rng(seed)
+        coarse = random.normal(size=(1, side // 8, side // 8, 3)) + 0.3 * random.normal(size=(5, side // 8, side // 8, 3))
+        frames = 128 + 60 * coarse.repeat(8, axis=1).repeat(8, axis=2) + 10 * random.normal(size=(5, side, side, 3))
+        return np.clip(frames, 0, 255).astype(np.uint8)
+
+    made = set()
+    for other in range(8):
+        write_media(tmp_path / "b.mp4", texture(other, 32 + 16 * (other % 4)), 8.0)
+        made.add(write_media(tmp_path / "a.mp4", texture(1, 64), 8.0).read_bytes())
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(("suffix", "tolerance"), [(".webp", 4), (".gif", 4), (".png", 0), (".PNG", 0)])
 def test_animations(tmp_path, suffix, tolerance):
     frames = moving_square()
