@@ -13,17 +13,21 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import Field
 
-from smartdiff_jax.cache.base import Hidden, Stack, Step
+from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, Step
 from smartdiff_jax.cache.block_cache import BlockCache, BlockMemory, Verdict, picture
 from smartdiff_jax.cache.distance import relative_l1
 from smartdiff_jax.cache.guards import GuardParams, Guards
 from smartdiff_jax.cache.memory import MAX_ANCHORS
 from smartdiff_jax.cache.params import ModelNumbers, check_numbers, check_params
 from smartdiff_jax.cache.predict import forecast
+from smartdiff_jax.cache.threshold import between_ends, started
 from smartdiff_jax.errors import InvalidRequest
+
+Distances = tuple[tuple[float, ...], ...]
 
 
 class FirstBlockParams(GuardParams):
@@ -48,10 +52,16 @@ class DualBlockParams(FirstBlockParams):
     warmup: int = Field(8, ge=0)
 
 
+class FirstBlockNumbers(ModelNumbers):
+    """distances: d of every step from 1, 2, .. steps before, for one first block, where it was calibrated."""
+
+    distances: Distances | None = Field(None, min_length=2)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FirstBlockCache(BlockCache):
-    """The decision looks at the picture's stream alone."""
+    """The decision looks at the picture's stream alone. distances: as calibrated, until the policy is fitted to a run."""
 
     guards: Guards
     threshold: Float[Array, ""]
@@ -60,6 +70,7 @@ class FirstBlockCache(BlockCache):
     first_blocks: int = dataclasses.field(metadata={"static": True})
     last_blocks: int = dataclasses.field(metadata={"static": True})
     num_anchors: int = dataclasses.field(metadata={"static": True})
+    distances: Distances | None = dataclasses.field(default=None, metadata={"static": True})
 
     name: ClassVar[str] = "fbcache"
     params: ClassVar[type[FirstBlockParams]] = FirstBlockParams
@@ -67,7 +78,7 @@ class FirstBlockCache(BlockCache):
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "FirstBlockCache":
         """Raises InvalidRequest for wrong parameters."""
-        numbers = check_numbers(ModelNumbers, model_numbers, cls.name)
+        numbers = check_numbers(FirstBlockNumbers, model_numbers, cls.name)
         checked = check_params(cls.params, numbers.params | params)
         return cls(
             guards=Guards.create(checked, num_steps),
@@ -77,7 +88,26 @@ class FirstBlockCache(BlockCache):
             first_blocks=checked.first_blocks,
             last_blocks=checked.last_blocks,
             num_anchors=checked.order + 1,
+            distances=numbers.distances if checked.first_blocks == 1 else None,
         )
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        # One executable, calibrated or not.
+        fitted, notes = super(FirstBlockCache, dataclasses.replace(self, distances=None)).within(outlook)
+        return started(fitted, self._scores(outlook.num_steps), outlook), notes
+
+    def _scores(self, num_steps: int) -> Float[np.ndarray, "t t"] | None:
+        if self.distances is None:
+            return None
+        table = np.pad(np.asarray(self.distances), ((0, 0), (1, 0)))  # no distance from a step to itself
+        at = between_ends(num_steps, len(table))
+        scores = np.zeros((num_steps, num_steps))
+        for step, place in enumerate(at):
+            low = int(place)
+            high, share = min(low + 1, len(table) - 1), place - low
+            row = (1.0 - share) * table[low] + share * table[high]
+            scores[:step, step] = np.interp(place - at[:step], np.arange(len(row)), row)
+        return scores
 
     def span(self, num_blocks: int) -> tuple[int, int]:
         if self.first_blocks + self.last_blocks >= num_blocks:

@@ -152,6 +152,13 @@ class Guards:
             gain=jnp.float32(PACE_GAIN),
         )
 
+    def paced(self, outlook: Outlook, computed: Bool[np.ndarray, " t"]) -> "Guards":
+        """The same budget at the pace of a run that computes these steps, instead of an even one."""
+        forced = self.forced(outlook)
+        free = computed & ~forced
+        rate = np.where(free, (int(self.budget) - forced.sum()) / max(1, free.sum()), forced)
+        return dataclasses.replace(self, pace=jnp.asarray(_padded(np.cumsum(rate) - rate).astype(np.float32)))
+
     def _shortened(self, share: float, given: frozenset[str]) -> "Guards":
         keep_warmup, keep_cooldown = "warmup" in given or "retention" in given, "cooldown" in given
         cooldown = max(int(self.cooldown), "mask" not in given)  # a mask may bar the last step

@@ -17,10 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from smartdiff_jax.cache.base import Hidden, Stack, Step
+from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, Step
 from smartdiff_jax.cache.block_cache import BlockCache, BlockMemory, Verdict
 from smartdiff_jax.cache.guards import COMPUTE, GuardParams, Guards
 from smartdiff_jax.cache.params import MAX_STEPS, ModelNumbers, check_numbers, check_params
+from smartdiff_jax.cache.threshold import started
 from smartdiff_jax.errors import InvalidRequest
 
 Ratios = tuple[Annotated[tuple[float, ...], Field(min_length=1)], ...]
@@ -83,6 +84,19 @@ class MagCache(BlockCache):
             mask[:num_steps][np.isin(entries, numbers.computed)] = COMPUTE
             guards = dataclasses.replace(guards, mask=jnp.asarray(mask))
         return cls(guards=guards, threshold=jnp.float32(checked.threshold), ratios=jnp.asarray(padded))
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        fitted, notes = super().within(outlook)
+        return started(fitted, self._scores(outlook.num_steps), outlook), notes
+
+    def _scores(self, num_steps: int) -> Float[np.ndarray, "t t"]:
+        """The error of the branch that has most of it, from each step on."""
+        ratios = np.asarray(self.ratios, np.float64)[:num_steps]
+        scores = np.zeros((num_steps, num_steps))
+        for last in range(num_steps - 1):
+            errors = np.abs(1.0 - np.cumprod(ratios[last + 1 :], axis=0))
+            scores[last, last + 1 :] = np.cumsum(errors, axis=0).max(axis=1)
+        return scores
 
     def init_blocks(self, hidden: Hidden) -> BlockMemory:
         return dataclasses.replace(super().init_blocks(hidden), score={"ratio": jnp.zeros(2), "error": jnp.zeros(2)})

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from pydantic import Field
 
-from smartdiff_jax.cache.base import Hidden, Stack, Step
+from smartdiff_jax.cache.base import CachePolicy, Hidden, Outlook, Stack, Step
 from smartdiff_jax.cache.block_cache import BlockCache, BlockMemory, Verdict, picture
 from smartdiff_jax.cache.distance import relative_l1
 from smartdiff_jax.cache.guards import GuardParams, Guards
 from smartdiff_jax.cache.params import ModelNumbers, check_numbers, check_params
+from smartdiff_jax.cache.threshold import added_up, between_ends, started
 from smartdiff_jax.errors import InvalidRequest
 
 MAX_DEGREE = 5
@@ -32,13 +33,14 @@ Coefficients = tuple[float, ...]
 class TeaCacheNumbers(ModelNumbers):
     """coefficients: of p, highest power first. rows: vectors in the time embedding, each as wide as the residual stream.
 
-    r2: the share of the variance that p explains, where it was calibrated here.
+    r2: the share of the variance that p explains, where it was calibrated here. distances: d of every step, likewise.
     """
 
     signal: Signal = "modulated_input"
     rows: int = Field(1, ge=1)
     coefficients: Coefficients | None = Field(None, min_length=1, max_length=MAX_DEGREE + 1)
     r2: float | None = None
+    distances: tuple[float, ...] | None = Field(None, min_length=2)
 
 
 class TeaCacheParams(GuardParams):
@@ -57,7 +59,7 @@ class TeaCacheParams(GuardParams):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TeaCache(BlockCache):
-    """coefficients: of p, highest power first, zeros in front."""
+    """coefficients: of p, highest power first, zeros in front. distances: calibrated, until it is fitted to a run."""
 
     guards: Guards
     threshold: Float[Array, ""]
@@ -65,6 +67,7 @@ class TeaCache(BlockCache):
     clamp_nonneg: Bool[Array, ""]
     signal: Signal = dataclasses.field(metadata={"static": True})
     rows: int = dataclasses.field(metadata={"static": True})
+    distances: tuple[float, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def create(cls, num_steps: int, model_numbers: Mapping[str, Any], **params: Any) -> "TeaCache":
@@ -84,7 +87,21 @@ class TeaCache(BlockCache):
             clamp_nonneg=jnp.bool_(checked.clamp_nonneg),
             signal=numbers.signal,
             rows=numbers.rows,
+            distances=numbers.distances,
         )
+
+    def within(self, outlook: Outlook) -> tuple[CachePolicy, tuple[str, ...]]:
+        # One executable, calibrated or not.
+        fitted, notes = super(TeaCache, dataclasses.replace(self, distances=None)).within(outlook)
+        return started(fitted, self._scores(outlook.num_steps), outlook), notes
+
+    def _scores(self, num_steps: int) -> Float[np.ndarray, "t t"] | None:
+        if self.distances is None:
+            return None
+        # The way that the signal goes, shared out over more or fewer steps.
+        way = np.interp(between_ends(num_steps, len(self.distances)), np.arange(len(self.distances)), np.cumsum(self.distances))
+        moved = np.polyval(np.asarray(self.coefficients, np.float64), np.diff(way, prepend=way[:1]))
+        return added_up(np.maximum(moved, 0.0) if self.clamp_nonneg else moved)
 
     def init_blocks(self, hidden: Hidden) -> BlockMemory:
         stream = picture(hidden)

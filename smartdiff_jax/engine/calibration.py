@@ -4,7 +4,8 @@ The file holds numbers by policy, as `cache/data/*.json` does for published ones
 
     auto        inner products of the velocities of full runs, which the planner plans by
     magcache    the growth of the residual, step by step
-    teacache    the polynomial from the signal's distance to the residual's, with its R^2
+    teacache    the polynomial from the signal's distance to the residual's, with its R^2, and that distance step by step
+    fbcache     the distances of what the first block adds, step by step
 """
 
 import dataclasses
@@ -110,11 +111,14 @@ def numbers_from(
     signals = [recording.signals for recording in longest]
     ratios = np.mean([signal.magnitude for signal in signals], axis=0)
     ratios[:, 0] = 1.0
-    distances, changes = (
+    moved, changes = (
         np.concatenate([getattr(signal, name)[:, 1:].ravel() for signal in signals]) for name in ("signal", "residual")
     )
-    coefficients, r2 = fit(distances, changes)
-    kept = {name: {"params": known.get(name, {}).get("params", {})} for name in ("magcache", "teacache")}
+    coefficients, r2 = fit(moved, changes)
+    distances, from_first_block = (
+        np.mean([getattr(signal, name) for signal in signals], axis=(0, 1)) for name in ("signal", "first_block")
+    )
+    kept = {name: {"params": known.get(name, {}).get("params", {})} for name in ("magcache", "teacache", "fbcache")}
     return {
         "auto": {
             "source": source,
@@ -123,7 +127,9 @@ def numbers_from(
         "magcache": kept["magcache"] | {"source": source, "ratios": _rounded(ratios, 5)},
         "teacache": kept["teacache"]
         | signal
-        | {"source": source, "coefficients": [float(f"{c:.{DIGITS}g}") for c in coefficients], "r2": round(r2, 4)},
+        | {"source": source, "coefficients": [float(f"{c:.{DIGITS}g}") for c in coefficients], "r2": round(r2, 4)}
+        | {"distances": _rounded([distances], 6)[0]},
+        "fbcache": kept["fbcache"] | {"source": source, "distances": _rounded(from_first_block, 5)},
     }
 
 
@@ -157,7 +163,7 @@ def fit(distances: np.ndarray, changes: np.ndarray) -> tuple[np.ndarray, float]:
     return coefficients, float(1.0 - left / np.sum((changes - changes.mean()) ** 2))
 
 
-def _rounded(table: np.ndarray, digits: int) -> list[list[float]]:
+def _rounded(table: np.ndarray | list[np.ndarray], digits: int) -> list[list[float]]:
     return [[round(float(value), digits) for value in row] for row in table]
 
 
