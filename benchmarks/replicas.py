@@ -37,7 +37,7 @@ from smartdiff_jax.client import Client  # noqa: E402
 
 MODEL = "pocket-image"
 PICTURE: dict[str, Any] = dict(num_inference_steps=20, seed=1)
-QUEUE = 60
+QUEUE = 40
 SHORT = dict(prompt="a dog", num_inference_steps=4, response_format="url")
 COMMAND = [sys.executable, "-c", "from smartdiff_jax.cli import main; main()"]
 

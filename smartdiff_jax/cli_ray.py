@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,23 +18,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("smartdiff")
 
+KNOCK_SECONDS = 10.0
+
 
 def serve_on_ray(models: list[str], system: "SystemConfig", service: "ServiceConfig") -> None:
     """Deploy to a cluster and return; or where none is named start one here, and serve until asked to stop."""
     from smartdiff_jax.config.ray import settled
     from smartdiff_jax.engine.store import JobStore
+    from smartdiff_jax.serve.settings import Settings
 
     try:
         importlib.import_module("ray.serve")
     except ImportError as error:
         raise SmartdiffError(f"--ray needs Ray Serve ({error}); pip install 'smartdiff_jax[ray]'") from None
-    from smartdiff_jax.serve.on_ray import deploy, withdraw
+    from smartdiff_jax.serve.on_ray import check_room, deploy, withdraw
 
     began = time.perf_counter()
     service = settled(service)
-    JobStore(service.store).close()  # what is wrong with it is told here, and replicas find its tables made
+    # What is wrong with them is told here, and replicas find the store's tables made.
+    Settings(service, None)
+    JobStore(service.store).close()
     whole = [str(Path(model).resolve()) if Path(model).is_dir() else model for model in models]
     with _connected(system.ray.address), contextlib.suppress(KeyboardInterrupt):
+        check_room(system)
         try:
             deploy(whole, system, service)
             log.info("ready after %.1f s at http://%s:%d", time.perf_counter() - began, service.host, service.port)
@@ -53,8 +60,9 @@ def _connected(address: str | None) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     options: dict[str, Any] = {} if address is not None else {"include_dashboard": False}
     try:
+        _knock(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         remedy = f"no cluster answers ({error}); start one with `ray start --head`, or leave it out"
         raise InvalidConfig("ray.address", address, remedy) from None
 
@@ -69,3 +77,10 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError where nobody listens; Ray would try for a quarter of an hour."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()

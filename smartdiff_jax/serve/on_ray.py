@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from smartdiff_jax.config.ray import RayConfig, is_sqlite
+from smartdiff_jax.config.ray import is_sqlite
 from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.config.system import HostsConfig, SystemConfig
 from smartdiff_jax.engine.artifacts import Artifacts
@@ -135,9 +135,7 @@ def deploy(models: list[str], system: SystemConfig, service: ServiceConfig) -> N
 
     Returns when all run. Raises SmartdiffError with what they failed by; those that were there and not yet replaced go on.
     """
-    config = system.ray
-    needed = _needs(system)
-    _check_room(config, needed)
+    config, needed = system.ray, _needs(system)
     number: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:
         policy = AutoscalingPolicy(policy_function=QueueTime, policy_kwargs={"queue_seconds": config.queue_seconds})
@@ -180,11 +178,12 @@ def withdraw() -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _check_room(config: RayConfig, needed: dict[str, int]) -> None:
+def check_room(system: SystemConfig) -> None:
     """Raises InvalidConfig where a replica could never be placed; Ray would wait for machines that can hold it.
 
     Others may be added to a cluster that was there before. One that is started here has this machine alone.
     """
+    config, needed = system.ray, _needs(system)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for field, resource, remedy in (("gpus", "GPU", "0 computes on CPUs"), ("cpus", "CPU", "a replica needs one at least")):
         one = needed[f"num_{resource.lower()}s"]

@@ -22,7 +22,6 @@ from starlette.testclient import TestClient
 from smartdiff_jax.cli_ray import serve_on_ray
 from smartdiff_jax.cli_serve import serve
 from smartdiff_jax.client import Client
-from smartdiff_jax.config.ray import RayConfig
 from smartdiff_jax.config.service import ServiceConfig
 from smartdiff_jax.config.system import SystemConfig
 from smartdiff_jax.engine.artifacts import Artifacts
@@ -41,6 +40,22 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SmartdiffError, match=r"--ray needs Ray Serve .*pip install 'smartdiff_jax\[ray\]'"):
         serve_on_ray(["pocket-image"], SystemConfig.create(), ServiceConfig.create())
+
+
+@pytest.mark.parametrize("file", ["store", "keys"])
+def test_what_replicas_would_fail_by_is_told_before_there_are_any(file, tmp_path):
+    pytest.importorskip("ray.serve")
+    fields = {"store": f"sqlite:///{tmp_path}/jobs.db"} | {file: {"store": "sqlite:////no/jobs.db", "keys": tmp_path}[file]}
+    with pytest.raises(InvalidConfig, match=f"{file}="):
+        serve_on_ray(["pocket-image"], SystemConfig.create(), ServiceConfig.create(**fields))
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(tmp_path):
+    pytest.importorskip("ray.serve")
+    address = f"127.0.0.1:{running.free_port()}"
+    service = ServiceConfig.create(store=f"sqlite:///{tmp_path}/jobs.db")
+    with pytest.raises(InvalidConfig, match=rf"ray\.address='{address}': no cluster answers .*refused.*ray start --head"):
+        serve_on_ray(["pocket-image"], SystemConfig.create(ray={"address": address}), service)
 
 
 def test_one_file_tells_all(tmp_path):
@@ -97,14 +112,14 @@ def test_a_file_of_another_machine_is_no_store(on_ray):
         (dict(gpus=0, cpus=9), r"ray\.cpus=9: no machine of the cluster has more than 4"),
         (dict(gpus=0, cpus=2, replicas=3), r"ray\.replicas=3: this machine has 4 CPUs"),
         (dict(gpus=0, cpus=2, replicas=3, address="auto"), None),
+        (dict(gpus=0, hosts=2), r"ray\.hosts=2: must divide the mesh's 1 devices"),
+        (dict(gpus=0, hosts=1), None),
     ],
 )
 def test_what_ray_would_wait_for_in_vain_is_refused(on_ray, monkeypatch, fields, told):
     monkeypatch.setattr(on_ray.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
-    config = RayConfig(**fields)
-    needed = {"num_cpus": config.cpus, "num_gpus": config.gpus_of_a_host(1)}
     with pytest.raises(InvalidConfig, match=told) if told else contextlib.nullcontext():
-        on_ray._check_room(config, needed)
+        on_ray.check_room(SystemConfig.create(ray=fields))
 
 
 def test_of_rays_traceback_the_cause_is_told(on_ray):
