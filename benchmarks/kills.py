@@ -148,6 +148,8 @@ def references() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--between", type=float, nargs=2, default=(2.0, 9.0), metavar=("LEAST", "MOST"),
+                        help="seconds; where a start takes longer than both, nothing is ever made")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="where the tree has no history")
     arguments = parser.parse_args()
@@ -166,7 +168,7 @@ def main() -> None:
             thread.start()
         try:
             for index in range(arguments.kills):
-                time.sleep(rng.uniform(2.0, 9.0))
+                time.sleep(rng.uniform(*arguments.between))
                 number = signal.SIGKILL if index % 4 else rng.choice((signal.SIGTERM, signal.SIGINT))
                 victim = rng.choice(servers)
                 victim.end(number)
