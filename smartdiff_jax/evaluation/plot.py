@@ -60,14 +60,15 @@ def line_plot(
     file.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-BAR, GAP, NAMES = 20, 10, 260
+BAR, GAP, LETTER = 20, 10, 7
 """Of a bar plot, in pixels: the height of a bar, the space below it, and the width of what it is called."""
 
 
 def bar_plot(file: Path, bars: Mapping[str, Mapping[str, float]], title: str, totals: Mapping[str, str]) -> None:
     """A bar a name, divided as its parts are, all of one length. totals: what stands behind each bar."""
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    width, top = WIDTH - NAMES - 120, TOP + 30
+    names = LETTER * max(map(len, bars)) + 10
+    width, top = WIDTH - names - 120, TOP + 30
     height = top + len(bars) * (BAR + GAP) + 10
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
@@ -75,12 +76,12 @@ def bar_plot(file: Path, bars: Mapping[str, Mapping[str, float]], title: str, to
         _text(WIDTH / 2, 24, title, more='font-size="15"'),
     ]
     for index, part in enumerate(parts):
-        at = NAMES + index * width / len(parts)
+        at = names + index * width / len(parts)
         lines.append(f'<rect x="{at:.1f}" y="{TOP}" width="12" height="12" fill="{SHADES[index % len(SHADES)]}"/>')
         lines.append(_text(at + 18, TOP + 11, part, "start"))
     for row, (name, bar) in enumerate(bars.items()):
-        y, at, whole = top + row * (BAR + GAP), float(NAMES), sum(bar.values())
-        lines.append(_text(NAMES - 10, y + 15, name, "end"))
+        y, at, whole = top + row * (BAR + GAP), float(names), sum(bar.values())
+        lines.append(_text(names - 10, y + 15, name, "end"))
         for part, value in bar.items():
             size = width * value / whole
             shade = SHADES[parts.index(part) % len(SHADES)]
@@ -88,7 +89,7 @@ def bar_plot(file: Path, bars: Mapping[str, Mapping[str, float]], title: str, to
             if size > 40:
                 lines.append(_text(at + size / 2, y + 15, f"{value / whole:.0%}", more='fill="white"'))
             at += size
-        lines.append(_text(NAMES + width + 10, y + 15, totals[name], "start"))
+        lines.append(_text(names + width + 10, y + 15, totals[name], "start"))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
