@@ -180,7 +180,6 @@ def test_a_ratio_that_cannot_be_kept_names_itself():
 
 
 MESHES = [
-    ("cache_wan", "sequential", MeshConfig(ring=4)),
     ("cache_wan", "batched", MeshConfig(cfg=2, ring=2, ulysses=2)),
     ("cache_flux1", "sequential", MeshConfig(ring=2, ulysses=2)),
 ]

@@ -18,7 +18,6 @@ from PIL import Image
 from running import CLIP, COMMAND, SMALL
 
 from smartdiff_jax.client import Client, ServiceError
-from smartdiff_jax.engine.pipeline import Pipeline
 
 SECONDS = 300
 MACHINES = """
@@ -53,7 +52,7 @@ def follower():
     raise AssertionError("nobody follows")
 
 
-def test_two_machines_are_one_mesh_and_a_job_outlives_the_loss_of_one(cluster, model, config, tmp_path):
+def test_two_machines_are_one_mesh_and_a_job_outlives_the_loss_of_one(cluster, server, model, config, tmp_path):
     address, secret = cluster
     port = running.free_port()
     fields = json.loads(config.read_text()) | {"mesh": {"ring": 2}}
@@ -63,11 +62,13 @@ def test_two_machines_are_one_mesh_and_a_job_outlives_the_loss_of_one(cluster, m
     command = [*COMMAND, "serve", "--ray", "ray.yaml", "--model", str(model)]
     done = subprocess.run(command, cwd=tmp_path, env=secret, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
+    with server.client() as one:
+        undisturbed = one.generate("a red fox", **SMALL, output_format="png")
+        alone = np.asarray(Image.open(io.BytesIO(one.read(undisturbed.files[0]))))
     with Client(f"http://127.0.0.1:{port}") as client:
         made = client.generate("a red fox", **SMALL, previews=1, output_format="png")
         assert client.read(made.preview)
         with Image.open(io.BytesIO(client.read(made.files[0]))) as picture:
-            alone = Pipeline.from_pretrained(model, system=config)("a red fox", **SMALL).frames[0, 0]
             assert np.abs(np.asarray(picture).astype(int) - alone).max() <= 1
         job = client.submit("a red fox", **CLIP)
         until = time.monotonic() + SECONDS

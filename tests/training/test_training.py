@@ -41,7 +41,7 @@ vae: {base_dim: 4, z_dim: 4, dim_mult: [1, 2], num_res_blocks: 1, temperal_downs
 autoencoder: {batch_size: 2, steps_per_call: 2, minutes: 1, steps: 20, learning_rate: 5.0e-3}
 denoiser:
   {batch_size: 16, steps_per_call: 4, minutes: 1, steps: 32, learning_rate: 5.0e-3, pool_size: 32, part_calls: 4,
-   attention: xla}
+   attention: xla, fill_share: 0.01, refresh_share: 0.01}
 scoring: {prompts: 5, num_inference_steps: 3}
 """
 
