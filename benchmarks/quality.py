@@ -73,8 +73,10 @@ def main() -> None:
         sheet(np.stack([clip for _, clip in shown]), [prompt for prompt, _ in shown], arguments.sheet)
     if not arguments.dry_run:
         resolved = pipe("", seed=0, **settings, output_type="latent").report.params
+        # What decides besides the request: a file that --config made must not be taken for the default's.
+        system = {name: getattr(pipe.system, name) for name in ("dtype", "attention", "precision")}
         tables = {name: table(part) if isinstance(part, list) else part for name, part in report.items()}
-        print(write(f"quality-{recipe.name}", {"stamp": stamp(), "params": resolved, **tables}))
+        print(write(f"quality-{recipe.name}", {"stamp": stamp(), "system": system, "params": resolved, **tables}))
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The peer: diffusers' pipelines with cache-dit, whole, blocks compiled, as many steps skipped as ours. Prints a line of JSON.
 
 Told what to run by `benchmarks/end_to_end.py`, as `diffusers_end_to_end.py` is. Its own threshold would decide by the changes
-of random activations; so the steps are given to it, evenly spread, the first and the last computed. At a skipped step it
-computes the first block alone.
+of random activations; so the steps are given to it, evenly spread, the first and the last computed, with one first block
+(Fn 1).
 """
 
 import argparse

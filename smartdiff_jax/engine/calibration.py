@@ -128,7 +128,7 @@ def numbers_from(
         "teacache": kept["teacache"]
         | signal
         | {"source": source, "coefficients": [float(f"{c:.{DIGITS}g}") for c in coefficients], "r2": round(r2, 4)}
-        | {"distances": _rounded([distances], 6)[0]},
+        | {"distances": _rounded(distances[None], 6)[0]},
         "fbcache": kept["fbcache"] | {"source": source, "distances": _rounded(from_first_block, 5)},
     }
 
@@ -163,7 +163,7 @@ def fit(distances: np.ndarray, changes: np.ndarray) -> tuple[np.ndarray, float]:
     return coefficients, float(1.0 - left / np.sum((changes - changes.mean()) ** 2))
 
 
-def _rounded(table: np.ndarray | list[np.ndarray], digits: int) -> list[list[float]]:
+def _rounded(table: np.ndarray, digits: int) -> list[list[float]]:
     return [[round(float(value), digits) for value in row] for row in table]
 
 

@@ -88,7 +88,7 @@ def test_mp4_of_one_frame(tmp_path):
 
 
 def test_the_same_frames_are_the_same_mp4(tmp_path):
-    """libx264 with B-frames made several files of these, by what others had left in memory."""
+    """libx264 with B-frames made several files of these, by what had been written before."""
 
     def texture(seed, side):
         random = np.random.default_rng(seed)
