@@ -23,8 +23,8 @@ from jaxtyping import UInt8
 from smartdiff_jax.errors import InvalidRequest
 
 X264 = {"crf": "17", "bf": "0"}
-"""Visually lossless. No B-frames: with them the same frames came out as one of up to nine files, by what had been written before
-(seen at sides of 32, 64 and 96, not of 128); and a job that is made again must end in the same bytes."""
+"""Visually lossless. No B-frames: with them the same frames came out as one of up to nine files, by what had been written
+before (seen at sides of 32, 64 and 96, not of 128); and a job that is made again must end in the same bytes."""
 BT709 = 1  # FFmpeg's number for it, alike in its enums of colour matrix, primaries and transfer curve
 
 
