@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -27,6 +28,8 @@ def serve_on_ray(models: list[str], system: "SystemConfig", service: "ServiceCon
     from smartdiff_jax.engine.store import JobStore
     from smartdiff_jax.serve.settings import Settings
 
+    # Else Ray, below `uv run`, sends this folder to all machines and builds an environment of it for each process there.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         importlib.import_module("ray.serve")
     except ImportError as error:

@@ -141,11 +141,12 @@ class Cluster:
         with self.log.open("w") as out:
             self.process = self.start("first.yaml", stdout=out, stderr=out, start_new_session=True)
 
-    def start(self, name, address=None, **options):
+    def start(self, name, address=None, below=(), **options):
+        """below: the start of a command line that the command follows."""
         file = self.folder / name
         file.write_text(json.dumps(self.fields | {"ray": self.fields["ray"] | {"address": address}}))
         command = [*COMMAND, "serve", "--ray", str(file), "--model", str(self.model)]
-        return subprocess.Popen(command, cwd=self.folder, env=self.secret, **options)
+        return subprocess.Popen([*below, *command], cwd=self.folder, env=self.secret, **options)
 
     def wait_for(self, pattern):
         until = time.monotonic() + SECONDS
@@ -214,7 +215,10 @@ def test_two_replicas_share_a_store_and_are_upgraded_under_load(cluster, server)
             watched(lambda: client.generate("a dog", **SMALL)),  # a stream of events
         ]
         address = cluster.wait_for(r"address is (\S+)")[1]
-        upgrade = cluster.start("second.yaml", address, stderr=subprocess.PIPE, text=True)
+        # Ray asks what its ancestors are called: as below `uv run`, though these processes have nothing of uv's.
+        (cluster.folder / "run").write_text("import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))")
+        below = dict(below=["uv", "run"], executable=sys.executable)
+        upgrade = cluster.start("second.yaml", address, **below, stderr=subprocess.PIPE, text=True)
         said = upgrade.communicate(timeout=SECONDS)[1]
         assert upgrade.returncode == 0 and "ready after" in said, said
         clips += [client.submit("a red fox", **CLIP | dict(seed=seed)) for seed in range(6, 12)]
