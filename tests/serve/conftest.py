@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import tiny
+from postgres import postgres, postgres_server  # noqa: F401
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import postgres
 import pytest
 import running
 from PIL import Image
@@ -43,6 +44,14 @@ def cluster():
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture
+def store(request):
+    """What machines can share, where it is installed."""
+    if postgres.programs() is None:
+        return {}
+    return {"store": request.getfixturevalue("postgres").url}
+
+
 def follower():
     """The process of the one that follows, which Ray names after what it does."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
@@ -52,11 +61,11 @@ def follower():
     raise AssertionError("nobody follows")
 
 
-def test_two_machines_are_one_mesh_and_a_job_outlives_the_loss_of_one(cluster, server, model, config, tmp_path):
+def test_two_machines_are_one_mesh_and_a_job_outlives_the_loss_of_one(cluster, store, server, model, config, tmp_path):
     address, secret = cluster
     port = running.free_port()
     fields = json.loads(config.read_text()) | {"mesh": {"ring": 2}}
-    fields["service"] |= {"port": port}
+    fields["service"] |= {"port": port} | store
     fields["ray"] = {"address": address, "hosts": 2, "gpus": 0}
     (tmp_path / "ray.yaml").write_text(json.dumps(fields))
     command = [*COMMAND, "serve", "--ray", "ray.yaml", "--model", str(model)]
