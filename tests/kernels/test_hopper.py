@@ -4,16 +4,18 @@ lose what 8 bits lose. On a GPU `benchmarks/attention.py --check` runs the kerne
 import functools
 import sys
 
+import arithmetic
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arithmetic import exact
 from jax import export
 from jax.sharding import AbstractMesh
 
+from benchmarks.recorded import PROMPTS, record
 from smartdiff_jax.errors import Unsupported
 from smartdiff_jax.kernels import ATTENTION, DIFFERENTIABLE, PREFERENCE, hopper, pallas_flash, pallas_sage
-from smartdiff_jax.kernels.fp8 import FP8_MAX
 from smartdiff_jax.kernels.quantize import quantize
 
 needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -24,17 +26,6 @@ def draw(b, s, t, h, d, outliers=0.0):
     q, k, v = (jax.random.normal(key, (b, n, h, d)) for key, n in zip(keys[:3], (s, t, t), strict=True))
     k = k + outliers * (jax.random.uniform(keys[3], (d,)) < 0.05)
     return [x.astype(jnp.bfloat16) for x in (q, k, v)]
-
-
-def exact(q, k, v, lengths):
-    """float64, in NumPy."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    logits = np.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
-    logits = np.where((np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None], logits, -np.inf)
-    top = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    return np.einsum("bhst,bthd->bshd", weights / total, v), (top + np.log(total))[..., 0]
 
 
 @needs_jax_011
@@ -102,28 +93,24 @@ def test_it_lowers_for_hopper(monkeypatch, name, d, t, lengths):
 @pytest.mark.parametrize("outliers", [0.0, 20.0])
 @pytest.mark.parametrize("lengths", [None, [700, 433]])
 def test_8_bits_lose_what_8_bits_lose(outliers, lengths):
-    """The arithmetic of the 8-bit kernel in NumPy: what it multiplies, against float64. Keys' outliers cost nothing."""
-    order = np.random.default_rng(0).permutation(16)
+    """The arithmetic of the 8-bit kernel, against float64. Keys' outliers cost nothing."""
     q, k, v = draw(2, 64, 704, 2, 64, outliers)
-    counted = None if lengths is None else jnp.array(lengths, jnp.int32)
-    x = quantize(q, k, v, counted, scale=0.125, block=192, order=order)
-    assert x.k8.dtype == jnp.int8 and x.v8.dtype == jnp.float8_e4m3fn and x.v8.shape == (2, 2, 64, 704)
-    scores = np.einsum("bshd,bthd->bhst", np.asarray(x.q8, np.float64), np.asarray(x.k8, np.float64))
-    assert np.abs(scores).max() < 2**22  # which the kernel relies on
-    logits = scores * np.asarray(x.q_scale)[..., None] * np.repeat(x.k_scale, 192, axis=-1)[:, :, None, :704]
-    counts = np.arange(704) < np.asarray(lengths or [704, 704])[:, None]
-    logits = np.where(counts[:, None, None], logits, -np.inf)
-    weights = np.exp2(logits - logits.max(-1, keepdims=True)) * FP8_MAX
-    rounded = np.asarray(jnp.asarray(weights, jnp.float8_e4m3fn), np.float64)
-    values = np.asarray(x.v8, np.float64).reshape(2, 2, 64, -1, 16)[..., np.argsort(order)].reshape(2, 2, 64, -1)
-    out = np.einsum("bhst,bhdt->bshd", rounded, values * np.asarray(x.v_scale)[..., None])
-    out /= np.moveaxis(weights.sum(-1), 1, 2)[..., None]
+    out, lse = arithmetic.sage(q, k, v, lengths)
     true, true_lse = exact(q, k, v, lengths or [704, 704])
     # weights and values have four bits each, of random signs: 2**-4 / sqrt(3) / 1.4 each
     assert np.linalg.norm(out - true) / np.linalg.norm(true) < 0.042
-    lse = np.log(weights.sum(-1) / FP8_MAX) + logits.max(-1) * np.log(2)
-    lse += 0.125 * np.einsum("bshd,bhd->bhs", np.asarray(q, np.float64), np.asarray(x.shared, np.float64))
     assert np.abs(lse - true_lse).max() < 0.02
+
+
+@pytest.mark.parametrize("model", PROMPTS)
+def test_of_real_models_8_bits_lose_half_of_what_fp8_does(model):
+    """Each block of a bundled model at some step, beside the arithmetic of FlashAttention-3 in fp8."""
+    for recorded in record(model)[::5]:
+        q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in recorded)
+        true = exact(q, k, v, [k.shape[1]])[0]
+        ours, peer = arithmetic.sage(q, k, v)[0], arithmetic.fa3(q, k, v)
+        assert np.vdot(ours, true) / np.linalg.norm(ours) / np.linalg.norm(true) >= 0.9995
+        assert np.abs(ours - true).sum() <= 0.7 * np.abs(peer - true).sum()
 
 
 @needs_jax_011
