@@ -29,7 +29,7 @@ def serve_on_ray(models: list[str], system: "SystemConfig", service: "ServiceCon
     from smartdiff_jax.serve.settings import Settings
 
     # Else Ray, below `uv run`, sends this folder to all machines and builds an environment of it for each process there.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     try:
         importlib.import_module("ray.serve")
     except ImportError as error:
