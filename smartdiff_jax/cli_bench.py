@@ -11,7 +11,7 @@ import typer
 from smartdiff_jax.errors import InvalidRequest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-SUBJECTS = tuple("attention denoise vae images encode end-to-end parallel cache cache-speed quality serve".split())
+SUBJECTS = tuple("attention compiled denoise vae images encode end-to-end parallel cache cache-speed quality serve".split())
 
 
 def add_to(app: typer.Typer) -> None:
