@@ -7,6 +7,7 @@ from smartdiff_jax.kernels.base import AttentionFn
 from smartdiff_jax.kernels.cudnn import cudnn_attention
 from smartdiff_jax.kernels.pallas_flash import pallas_flash_attention
 from smartdiff_jax.kernels.pallas_sage import pallas_sage_attention
+from smartdiff_jax.kernels.sparse import BlockSize, SparseKernel
 from smartdiff_jax.kernels.triton_sage import triton_sage_attention
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.registry import Registry
@@ -48,3 +49,17 @@ DIFFERENTIABLE: Registry[AttentionFn] = Registry(
     "attention", {"auto": first_of({"cudnn": 0, "xla": 0}), "cudnn": cudnn_attention, "xla": xla_attention}
 )
 """For training: kernels in Pallas have no gradient."""
+
+HOPPER_BLOCKS = BlockSize(128, 192)
+"""Of Mosaic's kernels, which refuse others and whose import takes seconds."""
+
+SPARSE: Registry[SparseKernel] = Registry(
+    "attention",
+    {
+        "auto": SparseKernel(pallas_flash_attention, HOPPER_BLOCKS),
+        "pallas_flash": SparseKernel(pallas_flash_attention, HOPPER_BLOCKS),
+        "pallas_sage": SparseKernel(pallas_sage_attention, HOPPER_BLOCKS),
+        "xla": SparseKernel(xla_attention, HOPPER_BLOCKS),
+    },
+)
+"""Kernels that take lists of blocks. XLA's goes by a mask and is no faster for it: it is asked for by name, never by "auto"."""

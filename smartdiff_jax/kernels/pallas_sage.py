@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from smartdiff_jax.kernels.hopper import cluster_size, require_hopper
+from smartdiff_jax.kernels.sparse import Blocks
 
 
 def pallas_sage_attention(
@@ -14,6 +15,7 @@ def pallas_sage_attention(
     kv_length: Int[Array, " b"] | None = None,
     scale: float | None = None,
     with_lse: bool = False,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]:
     """Serves half precision and head dims 64 and 128, on Hopper GPUs with JAX 0.11 or newer. Not exact: see docs/kernels.md."""
     require_hopper("pallas_sage", q)
@@ -25,7 +27,8 @@ def pallas_sage_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     x = quantize(q, k, v, kv_length, scale=factor, block=BLOCK, order=PERMUTATION)
     lengths = jnp.full(q.shape[0], keys, jnp.int32) if kv_length is None else kv_length
-    out, lse = sage(x, lengths, dtype=q.dtype, with_lse=with_lse, cluster=cluster_size(queries))
+    cluster = cluster_size(queries) if blocks is None else 1  # as in pallas_flash
+    out, lse = sage(x, lengths, dtype=q.dtype, with_lse=with_lse, cluster=cluster, blocks=blocks)
     if lse is not None:
         lse = lse[..., :queries] + factor * jnp.einsum("bshd,bhd->bhs", q.astype(jnp.float32), x.shared)
     return out[:, :queries], lse

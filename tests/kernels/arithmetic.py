@@ -10,11 +10,11 @@ FA3_WEIGHT = 256.0
 """What its largest weight is in fp8."""
 
 
-def exact(q, k, v, lengths):
-    """out [b, s, h, d] and lse [b, h, s] in float64."""
+def exact(q, k, v, lengths, mask=True):
+    """out [b, s, h, d] and lse [b, h, s] in float64. mask: of keys that count for a query, [b, h, s, t]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     logits = np.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
-    logits = np.where((np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None], logits, -np.inf)
+    logits = np.where((np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None] & mask, logits, -np.inf)
     top = logits.max(-1, keepdims=True)
     weights = np.exp(logits - top)
     total = weights.sum(-1, keepdims=True)

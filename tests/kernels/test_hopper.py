@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh
 
 from benchmarks.recorded import PROMPTS, record
 from smartdiff_jax.errors import Unsupported
-from smartdiff_jax.kernels import ATTENTION, DIFFERENTIABLE, PREFERENCE, hopper, pallas_flash, pallas_sage
+from smartdiff_jax.kernels import ATTENTION, DIFFERENTIABLE, PREFERENCE, SPARSE, hopper, pallas_flash, pallas_sage
 from smartdiff_jax.kernels.quantize import quantize
+from smartdiff_jax.kernels.sparse import choose_blocks
 
 needs_jax_011 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
@@ -69,8 +70,8 @@ def test_no_key_that_counts_is_nothing_and_not_nan():
 @needs_jax_011
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")  # docs/decisions/0070
 @pytest.mark.parametrize("name", ["pallas_flash", "pallas_sage"])
-@pytest.mark.parametrize("d, t, lengths", [(64, 1, False), (128, 1003, True)])
-def test_it_lowers_for_hopper(monkeypatch, name, d, t, lengths):
+@pytest.mark.parametrize("d, t, lengths, lists", [(64, 1, False, False), (128, 1003, True, False), (128, 1003, True, True)])
+def test_it_lowers_for_hopper(monkeypatch, name, d, t, lengths, lists):
     """Layouts, dtypes and shared memory are what the hardware takes; what ptxas says only a GPU tells."""
     from jax.sharding import AbstractDevice
 
@@ -81,7 +82,9 @@ def test_it_lowers_for_hopper(monkeypatch, name, d, t, lengths):
     counted = jax.ShapeDtypeStruct((2,), jnp.int32) if lengths else None
 
     def attend(q, k, v, n):
-        return ATTENTION[name](q, k, v, kv_length=n, with_lse=True)
+        kernel, size = SPARSE[name]
+        blocks = {"blocks": choose_blocks(q, k, jnp.float32(0.5), size, kv_length=n)} if lists else {}
+        return kernel(q, k, v, kv_length=n, with_lse=True, **blocks)
 
     unchecked = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")]
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=hopper)):

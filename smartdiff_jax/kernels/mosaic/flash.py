@@ -18,6 +18,7 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     MASKED,
     REGISTERS,
     ROWS,
+    TILE,
     Turns,
     everywhere,
     fetch,
@@ -27,7 +28,9 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     plgpu,
     rows,
     swizzled,
+    walk,
 )
+from smartdiff_jax.kernels.sparse import Blocks, BlockSize
 
 BLOCK = 192
 """Keys at a time; 128 is 1 to 6 % slower on an H100, 256 does not fit its shared memory."""
@@ -44,24 +47,28 @@ def flash(
     scale: float,
     with_lse: bool,
     cluster: int,
+    blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]:
     """s and t must divide by 8, d by 64. Of every batch the first `lengths` keys count; where none does, out is 0 and lse -inf.
-    cluster: blocks of queries that fetch keys and values together. interpret: `plgpu.InterpretGPUParams`, to run on a CPU."""
+    cluster: blocks of queries that fetch keys and values together. blocks: lists for TILE queries and BLOCK keys,
+    where a cluster is one block. interpret: `plgpu.InterpretGPUParams`, to run on a CPU."""
+    lists = () if blocks is None else blocks.arrays(q.shape[1], k.shape[1], BlockSize(TILE, BLOCK))
     d = q.shape[-1]
     factor = scale * LOG2E
 
-    def body(q_in, k_in, v_in, lengths_in, out, *rest):
+    def body(q_in, k_in, v_in, lengths_in, *rest):
+        lists_in, (out, *rest) = rest[: len(lists)], rest[len(lists) :]
         lse, rest = (rest[0], rest[1:]) if with_lse else (None, rest)
         q_tile, k_tile, v_tile, lse_tile, q_here, k_here, v_here, k_free, v_free = rest
         batch, head, warpgroup = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup")
         length = lengths_in[batch]
-        num_blocks = lax.max(lax.div(length + (BLOCK - 1), BLOCK), 1)
+        num_blocks, block_at = walk(length, BLOCK, lists_in)
 
         @pl.when(warpgroup == COMPUTING)
         def fetches():
             def block_of(x):
-                return lambda i: x.at[batch, pl.ds((num_blocks - 1 - i) * BLOCK, BLOCK), head]
+                return lambda i: x.at[batch, pl.ds(block_at(i) * BLOCK, BLOCK), head]
 
             copies = [(block_of(k_in), k_tile, k_here, k_free), (block_of(v_in), v_tile, v_here, v_free)]
             fetch(num_blocks, STAGES, cluster, copies)
@@ -98,7 +105,7 @@ def flash(
             turns.end()
             plgpu.barrier_arrive(k_free.at[0])
             keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=LAYOUT)
-            logits = jnp.where(keys < length - (num_blocks - 1) * BLOCK, logits, MASKED)
+            logits = jnp.where(keys < length - block_at(0) * BLOCK, logits, MASKED)
             top = jnp.maximum(jnp.max(logits, axis=1) * factor, MASKED / 1e10)
             weights = weigh(logits, top)
             total = fold(weights)
@@ -165,7 +172,7 @@ def flash(
     ]
     return launch(
         body,
-        (q, k, v, lengths),
+        (q, k, v, lengths, *lists),
         tiles,
         dtype=q.dtype,
         stages=STAGES,

@@ -30,8 +30,10 @@ from smartdiff_jax.kernels.mosaic.warpgroups import (
     rows,
     swizzled,
     to_fp8,
+    walk,
 )
 from smartdiff_jax.kernels.quantize import Quantized
+from smartdiff_jax.kernels.sparse import Blocks, BlockSize
 
 BLOCK = 192
 """Keys at a time, and keys with one scale; 128 is 5 to 9 % slower on an H100, 256 does not fit its registers."""
@@ -46,26 +48,35 @@ score plus BIAS. Scores are below 2**22 in size: 127 * 127 * 128."""
 
 
 def sage(
-    x: Quantized, lengths: Int[Array, " b"], *, dtype: jnp.dtype, with_lse: bool, cluster: int
+    x: Quantized,
+    lengths: Int[Array, " b"],
+    *,
+    dtype: jnp.dtype,
+    with_lse: bool,
+    cluster: int,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]:
     """Attention of what `quantize` made with this BLOCK and `PERMUTATION`; lse is without what the keys shared. Of every
-    batch the first `lengths` keys count; where none does, out is 0 and lse -inf. dtype: of out, half precision."""
+    batch the first `lengths` keys count; where none does, out is 0 and lse -inf. dtype: of out, half precision.
+    blocks: as of `flash`."""
     _, s, _, d = x.q8.shape
+    lists = () if blocks is None else blocks.arrays(s, x.k8.shape[1], BlockSize(TILE, BLOCK))
 
-    def body(q_in, q_scale_in, k_in, k_scale_in, v_in, v_scale_in, lengths_in, out, *rest):
+    def body(q_in, q_scale_in, k_in, k_scale_in, v_in, v_scale_in, lengths_in, *rest):
+        lists_in, (out, *rest) = rest[: len(lists)], rest[len(lists) :]
         lse, rest = (rest[0], rest[1:]) if with_lse else (None, rest)
         q_tile, out_tile, k_tile, v_tile, lse_tile, q_here, k_here, v_here, k_free, v_free = rest
         batch, head, warpgroup = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("warpgroup")
         length = lengths_in[batch]
-        num_blocks = lax.max(lax.div(length + (BLOCK - 1), BLOCK), 1)
+        num_blocks, block_at = walk(length, BLOCK, lists_in)
 
         @pl.when(warpgroup == COMPUTING)
         def fetches():
             def keys(i):
-                return k_in.at[batch, pl.ds((num_blocks - 1 - i) * BLOCK, BLOCK), head]
+                return k_in.at[batch, pl.ds(block_at(i) * BLOCK, BLOCK), head]
 
             def values(i):
-                return v_in.at[batch, head, :, pl.ds((num_blocks - 1 - i) * BLOCK, BLOCK)]
+                return v_in.at[batch, head, :, pl.ds(block_at(i) * BLOCK, BLOCK)]
 
             fetch(num_blocks, STAGES, cluster, [(keys, k_tile, k_here, k_free), (values, v_tile, v_here, v_free)])
 
@@ -80,7 +91,7 @@ def sage(
             turns = Turns(warpgroup, interpret=False)
 
             def scales(i):
-                return q_scale * everywhere(k_scale_in[batch, head, num_blocks - 1 - i], q_scale.shape)
+                return q_scale * everywhere(k_scale_in[batch, head, block_at(i)], q_scale.shape)
 
             def start():
                 return plgpu.ACC.init(plgpu.layout_cast(jnp.full((ROWS, BLOCK), BIAS_BITS, jnp.int32), LAYOUT))
@@ -98,7 +109,7 @@ def sage(
             turns.end()
             plgpu.barrier_arrive(k_free.at[0])
             keys = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=LAYOUT)
-            counts = keys < length - (num_blocks - 1) * BLOCK
+            counts = keys < length - block_at(0) * BLOCK
             logits = jnp.where(counts, scores * rows(factor, scores.shape), MASKED)
             top = jnp.maximum(jnp.max(logits, axis=1), MASKED / 1e10)
             weights = jnp.exp2(logits - rows(top - WEIGHT_BITS, logits.shape))
@@ -161,5 +172,5 @@ def sage(
         swizzled((STAGES, BLOCK, d), jnp.int8),
         swizzled((STAGES, d, BLOCK), jnp.float8_e4m3fn),
     ]
-    operands = (x.q8, q_scale, x.k8, x.k_scale, x.v8, x.v_scale, lengths)
+    operands = (x.q8, q_scale, x.k8, x.k_scale, x.v8, x.v_scale, lengths, *lists)
     return launch(body, operands, tiles, dtype=dtype, stages=STAGES, with_lse=with_lse, cluster=cluster)

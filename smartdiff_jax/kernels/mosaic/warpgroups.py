@@ -187,6 +187,19 @@ def first_query(cluster: int) -> jax.Array:
     return tile * TILE
 
 
+def walk(length: jax.Array, size: int, lists: Sequence[Any]) -> tuple[Any, Callable]:
+    """How many blocks of `size` keys this block of queries attends to, and which is the i-th, from the last to the first.
+
+    lists: none, for all that hold one of the first `length` keys; or count [b, h, nq] and index [b, h, nq, nk].
+    """
+    if not lists:
+        number = lax.max(lax.div(length + (size - 1), size), 1)
+        return number, lambda i: number - (i + 1) if isinstance(i, int) else number - 1 - i
+    count, index = lists
+    here = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("tiles")
+    return count[here], lambda i: index[(*here, i)]
+
+
 def fetch(num_blocks: jax.Array, stages: int, cluster: int, copies: Sequence[tuple[Callable, Any, Any, Any]]) -> None:
     """What the fetching warpgroup does: blocks 0 to num_blocks of every array, each as soon as its stage is free.
 
