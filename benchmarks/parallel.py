@@ -77,13 +77,16 @@ class WithoutAttention:
     def for_length(self, num_tokens):
         return self
 
+    def leaving_out(self, sparsity):
+        return self
+
     def self_attention(self, tokens):
         return tokens.q
 
     def cross_attention(self, q, k, v, *, text_length=None):
         return q
 
-    def text_attention(self, text, *, text_length=None):
+    def text_attention(self, text, *, text_length=None, picture=0):
         return text.q
 
     def joint_attention(self, tokens, text, *, text_length=None):

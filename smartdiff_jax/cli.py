@@ -88,6 +88,7 @@ def generate(
     cache: Annotated[str, typer.Option(help="How evaluations of the model are skipped: auto, or a policy's name.")] = "none",
     cache_ratio: Annotated[float | None, typer.Option(help="Share of the steps to skip, 0 to 1.")] = None,
     cache_params: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the policy; may be repeated.")] = None,
+    attention_sparsity: Annotated[float, typer.Option(help="Share of the keys that attention leaves out, 0 to 1.")] = 0.0,
     compare_cache: Annotated[bool, typer.Option("--compare-cache", help="Run without the cache too, and compare.")] = False,
     config: Annotated[str | None, typer.Option(help="YAML file of system parameters.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
@@ -119,6 +120,7 @@ def generate(
             cache=cache,
             cache_ratio=cache_ratio,
             cache_params=_named_values("cache_params", cache_params or []),
+            attention_sparsity=attention_sparsity,
         )
         from smartdiff_jax.engine.pipeline import GenerateOutput, Pipeline
 

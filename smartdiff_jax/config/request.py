@@ -27,6 +27,8 @@ class GenerateParams(BaseModel):
     cache: how evaluations of the model are skipped; "auto" is the best that is known for the model.
     cache_ratio: the share of the steps that is skipped, of all of them; None leaves it to the policy ("auto" skips half).
     cache_params: numbers of the policy, by name.
+    attention_sparsity: the share of the blocks of keys that attention leaves out (docs/kernels.md); it needs a server with
+        `sparse_attention`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
@@ -46,6 +48,7 @@ class GenerateParams(BaseModel):
     cache: str = "none"
     cache_ratio: float | None = Field(None, ge=0.0, lt=1.0, allow_inf_nan=False)
     cache_params: dict[str, Any] = Field(default_factory=dict)
+    attention_sparsity: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
 
     @field_validator("size", mode="before")
     @classmethod
@@ -86,6 +89,7 @@ class ResolvedParams(BaseModel):
     cache: str
     cache_ratio: float | None
     cache_params: dict[str, Any]
+    attention_sparsity: float
 
 
 def resolve(
@@ -133,6 +137,7 @@ def resolve(
         cache=params.cache,
         cache_ratio=params.cache_ratio,
         cache_params=params.cache_params,
+        attention_sparsity=params.attention_sparsity,
     )
 
 

@@ -60,6 +60,7 @@ class SystemConfig(BaseModel):
     dtype: of weights and activations; "auto" is bfloat16 on a GPU and float32 elsewhere. float32 means all of it.
     precision: of the products in the denoiser's blocks: "full" is dtype's, "fp8" rounds weights and activations to 8 bits.
     attention: a kernel by name, or "auto" for the fastest that serves each shape.
+    sparse_attention: whether requests may leave keys out (`attention_sparsity`); the kernel must be able to.
     guidance: how the two branches of classifier-free guidance run on one device: one after the other, or as a batch of two.
     residency: "all" keeps every component on the devices; "stage" only the one in use, the others in pinned host memory.
     hosts: where the mesh reaches over several hosts; None is one.
@@ -73,6 +74,7 @@ class SystemConfig(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     precision: Literal["full", "fp8"] = "full"
     attention: str = "auto"
+    sparse_attention: bool = False
     guidance: Literal["sequential", "batched"] = "sequential"
     residency: Literal["all", "stage"] = "all"
     hosts: HostsConfig | None = None

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -17,7 +19,9 @@ from smartdiff_jax.engine.caching import policy_for
 from smartdiff_jax.engine.calibration import read_calibration
 from smartdiff_jax.engine.loading import LoadedModel, find_calibration, locate, resolve_dtype
 from smartdiff_jax.engine.planning import outline_of, weight_bytes, workload
-from smartdiff_jax.errors import CheckpointError
+from smartdiff_jax.errors import CheckpointError, InvalidConfig, InvalidRequest, Unsupported
+from smartdiff_jax.kernels import SPARSE
+from smartdiff_jax.kernels.sparse import SparseKernel
 from smartdiff_jax.samplers import SAMPLERS
 from smartdiff_jax.samplers.base import Sampler, Schedule, Spacing
 from smartdiff_jax.sharding.mesh import describe, make_mesh
@@ -53,6 +57,7 @@ class Announced:
     def __init__(self, model: LoadedModel, system: SystemConfig):
         self.spec: ModelSpec = model.spec
         self.system = system
+        self._sparse = sparse_kernel(system, model.dtype)
         self._model = model
         self._plans: dict[str, Plan] = {}
         self._denoisers: list[Held] = [Resident(weights) for weights in model.denoisers]
@@ -74,6 +79,9 @@ class Announced:
         sampler, defaults, steps = SAMPLERS[params.sampler], self.spec.sampling, params.num_inference_steps
         schedule = sampler.schedule(steps, params.shift, Spacing(defaults.from_one, defaults.terminal))
         timesteps = np.asarray(schedule.timesteps)
+        if params.attention_sparsity > 0 and not self.system.sparse_attention:
+            remedy = "attention leaves nothing out here; give 0, or start with sparse_attention: true"
+            raise InvalidRequest("attention_sparsity", params.attention_sparsity, remedy)
         experts = split_experts(self._denoisers, timesteps, steps, defaults.boundary)
         scales = guidance_table(params, defaults, timesteps, [expert.last for expert in experts])
         restarts = tuple(expert.first for expert in experts if 0 < expert.first < steps)
@@ -110,6 +118,25 @@ class Announced:
     def describe(self) -> str:
         """The devices and the dtype it computes in."""
         return f"{describe(self._model.mesh)} {self._model.dtype.name}"
+
+
+def sparse_kernel(system: SystemConfig, dtype: Any) -> SparseKernel | None:
+    """What leaves keys out, if requests may. Raises InvalidConfig where it cannot."""
+    if not system.sparse_attention:
+        return None
+    if system.mesh.ring > 1:
+        remedy = "sparse_attention chooses among keys that are on one device; use ulysses instead, or start without it"
+        raise InvalidConfig("mesh.ring", system.mesh.ring, remedy)
+    if system.attention not in SPARSE:
+        remedy = f"cannot leave keys out, as sparse_attention asks; choose one of {', '.join(sorted(SPARSE))}"
+        raise InvalidConfig("attention", system.attention, remedy)
+    kernel, x = SPARSE[system.attention], jax.ShapeDtypeStruct((1, 8, 1, 128), dtype)
+    try:
+        jax.eval_shape(kernel.attend, x, x, x)
+    except Unsupported as error:
+        remedy = f"{error}; start without it (attention: xla leaves keys out anywhere, and is no faster for it)"
+        raise InvalidConfig("sparse_attention", True, remedy) from None
+    return kernel
 
 
 def announce(model: str | Path, system: SystemConfig) -> Announced:

@@ -27,8 +27,10 @@ class Work:
     @classmethod
     def of(cls, place: str, params: ResolvedParams, tokens: int, guided: bool) -> "Work":
         """place: the model and the devices. guided: two evaluations a step."""
-        return cls(place, tokens, f"{params.sampler} {params.cache} {2 if guided else 1}", params.num_inference_steps,
-                   params.num_outputs)  # fmt: skip
+        kind = f"{params.sampler} {params.cache} {2 if guided else 1}"
+        if params.attention_sparsity > 0:
+            kind += f" {params.attention_sparsity:.1f}"
+        return cls(place, tokens, kind, params.num_inference_steps, params.num_outputs)
 
     def bucket(self, stage: str) -> str:
         """What measurements of this stage are kept under: all shapes alike share a prefix, and the tokens come last."""

@@ -101,7 +101,7 @@ class CountedAttend:
     def cross_attention(self, q, k, v, *, text_length=None):
         return _named("cross", lambda q, k, v: q + 1)(q, k, v)
 
-    def text_attention(self, text, *, text_length=None):
+    def text_attention(self, text, *, text_length=None, picture=0):
         return _named("text", lambda q, k, v: q + k + v)(*text)
 
     def joint_attention(self, tokens, text, *, text_length=None):

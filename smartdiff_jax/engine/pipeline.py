@@ -84,7 +84,7 @@ class Pipeline(Announced):
             remedy = f"{model.spec.name} has no negative branch to split off; use 1, and more ring, ulysses or data"
             raise InvalidConfig("mesh.cfg", system.mesh.cfg, remedy)
         hold = holder(system.residency)
-        attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes)
+        attend = wrap(ATTENTION[system.attention], model.mesh, batch=layout.batch_axes, sparse=self._sparse)
         self._text = TextEncode(
             [
                 PromptEncoder(
@@ -381,6 +381,7 @@ class Pipeline(Announced):
             chunk=1 if jax.process_count() > 1 else None,
             resume=resume,
             stops=stops,
+            sparsity=params.attention_sparsity if self.system.sparse_attention else None,
         )
 
     def _encode(self, params: ResolvedParams, inputs: Inputs) -> EncodedText:

@@ -59,7 +59,8 @@ SPARSE: Registry[SparseKernel] = Registry(
         "auto": SparseKernel(pallas_flash_attention, HOPPER_BLOCKS),
         "pallas_flash": SparseKernel(pallas_flash_attention, HOPPER_BLOCKS),
         "pallas_sage": SparseKernel(pallas_sage_attention, HOPPER_BLOCKS),
-        "xla": SparseKernel(xla_attention, HOPPER_BLOCKS),
+        "xla": SparseKernel(xla_attention, BlockSize(16, 24)),
     },
 )
-"""Kernels that take lists of blocks. XLA's goes by a mask and is no faster for it: it is asked for by name, never by "auto"."""
+"""Kernels that take lists of blocks. XLA's goes by a mask and is no faster for it: it is asked for by name, never by "auto"; it
+takes any blocks, and gets such as leave a small model something to choose from."""

@@ -69,8 +69,11 @@ class Attend(Protocol):
         """From the picture's tokens to the text; text at and behind `text_length` is ignored (None: all l count)."""
         ...
 
-    def text_attention(self, text: QKV, *, text_length: Int[Array, " b"] | None = None) -> Float[Array, "b l h d"]:
-        """The text among itself."""
+    def text_attention(
+        self, text: QKV, *, text_length: Int[Array, " b"] | None = None, picture: int = 0
+    ) -> Float[Array, "b l h d"]:
+        """The text among itself. picture: so many tokens of the picture come before it in the same stream, and count in
+        `text_length`; only where `whole`."""
         ...
 
     def joint_attention(
@@ -82,8 +85,12 @@ class Attend(Protocol):
 
 @runtime_checkable
 class PaddedAttend(Attend, Protocol):
-    """An `Attend` that can be told how many of its tokens count."""
+    """An `Attend` that can be told how many of its tokens count, and what share of the keys it may leave out."""
 
     def for_length(self, num_tokens: int | Int[Array, ""]) -> Attend:
         """The same for tokens that were padded behind `num_tokens`, which may be traced."""
+        ...
+
+    def leaving_out(self, sparsity: Float[Array, ""]) -> Attend:
+        """The same, where the picture's tokens leave out this share of the blocks of keys (traced; at 0 nothing differs)."""
         ...

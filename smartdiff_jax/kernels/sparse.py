@@ -87,7 +87,7 @@ def choose_blocks(
     *,
     kv_length: Int[Array, " b"] | None = None,
     scale: float | None = None,
-    text_keys: int | Int[Array, " b"] | None = None,
+    text_keys: int | Int[Array, ""] | Int[Array, " b"] | None = None,
     text_queries: int | None = None,
 ) -> Blocks:
     """The blocks of keys that count most for each block of queries: n - floor(sparsity * n) of the n with keys that count.
@@ -114,7 +114,7 @@ def choose_blocks(
     directions = k * jax.lax.rsqrt(jnp.sum(k * k, axis=-1, keepdims=True) + 1e-30)
     # Of all pairs the mean is that of directions, squared; a key with itself is no pair.
     pairs = jnp.sum(_sums(directions, size.keys) ** 2, axis=-1) - k_counts[..., None]
-    unlike = pairs < SIMILAR * (k_counts * (k_counts - 1))[..., None]
+    unlike = (pairs < SIMILAR * (k_counts * (k_counts - 1))[..., None]) & (k_counts > 1)[..., None]
     logits = jnp.einsum("bqhd,bkhd->bhqk", q_mean, _sums(k, size.keys) * per_key) * factor
 
     must = jnp.zeros((1, len(q_starts), len(k_starts)), bool)

@@ -64,18 +64,20 @@ def joint_attention(attend: Attend, streams: Callable[[], Sequence[Unturned]], t
                 pair = QKV(*turned(attend, tokens)), QKV(*turned(attend, text))
                 out = attend.joint_attention(*pair, text_length=text_length)
                 return side_by_side(out[0]), side_by_side(out[1])
-            out = attend.text_attention(both, text_length=None if text_length is None else size + text_length)
+            length = None if text_length is None else size + text_length
+            out = attend.text_attention(both, text_length=length, picture=size)
             return side_by_side(out[:, :size]), side_by_side(out[:, size:])
 
     return module(attend, "joint_attention", attended)
 
 
-def joined_attention(attend: Attend, stream: Callable[[], Unturned], length: Any) -> Float[Array, "b n d"]:
-    """The same module where picture and text, in this order, are one stream. length: int32 [b], what of it counts, or None."""
+def joined_attention(attend: Attend, stream: Callable[[], Unturned], length: Any, picture: int) -> Float[Array, "b n d"]:
+    """The same module where picture and text, in this order, are one stream. length: int32 [b], what of it counts, or None.
+    picture: how many of its tokens are the picture's."""
 
     def attended():
         with jax.named_scope("attention"):
-            return side_by_side(attend.text_attention(QKV(*turned(attend, stream())), text_length=length))
+            return side_by_side(attend.text_attention(QKV(*turned(attend, stream())), text_length=length, picture=picture))
 
     return module(attend, "joint_attention", attended)
 
@@ -123,7 +125,7 @@ def scan_shared(
 
     def as_one(block: Any, stream: Array, attend: Attend) -> Array:
         def attention(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
-            return (joined_attention(attend, lambda: qkv()[0], length),)
+            return (joined_attention(attend, lambda: qkv()[0], length, size),)
 
         return call(block, (stream,), (both,), attention)[0]
 
@@ -166,8 +168,8 @@ class Wrapped:
     def cross_attention(self, q, k, v, *, text_length=None):
         return self._attend.cross_attention(q, k, v, text_length=text_length)
 
-    def text_attention(self, text, *, text_length=None):
-        return self._attend.text_attention(text, text_length=text_length)
+    def text_attention(self, text, *, text_length=None, picture=0):
+        return self._attend.text_attention(text, text_length=text_length, picture=picture)
 
     def joint_attention(self, tokens, text, *, text_length=None):
         return self._attend.joint_attention(tokens, text, text_length=text_length)

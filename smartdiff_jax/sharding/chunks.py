@@ -39,15 +39,31 @@ class Chunks:
         """A chunk with the keys that count first. Without a mask their order is all the same, and nothing moves."""
         if self.all_count or not self.text:
             return keys
-        *stack, _, heads, width = keys.shape
-        blocks = keys.reshape(*stack, self.blocks, self.tokens + self.text, heads, width)
-        tokens = blocks[..., : self.tokens, :, :].reshape(*stack, -1, heads, width)
-        text = blocks[..., self.tokens :, :, :].reshape(*stack, -1, heads, width)
+        tokens, text = self._streams(keys)
         keys = jnp.concatenate([tokens, text], axis=-3)
         if self.num_tokens is None:
             return keys
         # Over the padded tokens. What is left behind the text is its own end, which no length reaches.
         return lax.dynamic_update_slice_in_dim(keys, text, _part(chunk, tokens.shape[-3], self.num_tokens), axis=-3)
+
+    def apart(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+        """A chunk with the tokens of all its blocks first, then their text, whatever of them counts."""
+        return jnp.concatenate(self._streams(x), axis=-3) if self.blocks > 1 and self.text else x
+
+    def in_blocks(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+        """What `apart` gives, as it lay before."""
+        if self.blocks == 1 or not self.text:
+            return x
+        streams = jnp.split(x, [self.blocks * self.tokens], axis=1)
+        blocks = [stream.reshape(len(x), self.blocks, -1, *x.shape[2:]) for stream in streams]
+        return jnp.concatenate(blocks, axis=2).reshape(x.shape)
+
+    def _streams(self, x: Array) -> tuple[Array, Array]:
+        *stack, _, heads, width = x.shape
+        blocks = x.reshape(*stack, self.blocks, self.tokens + self.text, heads, width)
+        tokens = blocks[..., : self.tokens, :, :].reshape(*stack, -1, heads, width)
+        text = blocks[..., self.tokens :, :, :].reshape(*stack, -1, heads, width)
+        return tokens, text
 
 
 def _part(chunk: int | Array, size: int, whole: int | Array | None) -> int | Array:

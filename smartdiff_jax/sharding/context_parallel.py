@@ -32,9 +32,11 @@ from jaxtyping import Array, Bool, Int
 
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.kernels.base import QKV, AttentionFn
+from smartdiff_jax.kernels.sparse import SparseKernel
 from smartdiff_jax.sharding.chunks import Chunks
 from smartdiff_jax.sharding.ring import KV, Part, merge, own_and_remote, own_chunk, ring_attention
 from smartdiff_jax.sharding.ulysses import split_heads, split_sequence, split_sequence_of_lse
+from smartdiff_jax.sharding.whole import attend_to_whole
 
 SEQUENCE = ("ring", "ulysses")
 
@@ -78,8 +80,17 @@ class LocalAttend:
     Joint attention puts the text behind the picture, so that padded text is the end of the keys. fused: see `Attend`.
     """
 
-    def __init__(self, kernel: AttentionFn, num_tokens: NumTokens | None = None, *, fused: bool = False):
+    def __init__(
+        self,
+        kernel: AttentionFn,
+        num_tokens: NumTokens | None = None,
+        *,
+        fused: bool = False,
+        sparse: SparseKernel | None = None,
+        sparsity: Array | None = None,
+    ):
         self._kernel, self._num_tokens, self.fused = kernel, num_tokens, fused
+        self._sparse, self._sparsity = sparse, sparsity
 
     @property
     def whole(self) -> bool:
@@ -87,7 +98,11 @@ class LocalAttend:
 
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
-        return LocalAttend(self._kernel, num_tokens, fused=self.fused)
+        return LocalAttend(self._kernel, num_tokens, fused=self.fused, sparse=self._sparse, sparsity=self._sparsity)
+
+    def leaving_out(self, sparsity: Array) -> "LocalAttend":
+        """As `MeshAttend.leaving_out`."""
+        return LocalAttend(self._kernel, self._num_tokens, fused=self.fused, sparse=self._sparse, sparsity=sparsity)
 
     def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
         """As `MeshAttend.remote_shapes`, which one device has not."""
@@ -95,20 +110,27 @@ class LocalAttend:
 
     def self_attention(self, tokens):
         q, k, v = tokens
-        return _attend(self._kernel, q, k, v, Chunks(1, k.shape[1], 0, self._num_tokens, None))
+        return self._attend(q, k, v, Chunks(1, k.shape[1], 0, self._num_tokens, None))
 
     def cross_attention(self, q, k, v, *, text_length=None):
         return self._kernel(q, k, v, kv_length=text_length)[0]
 
-    def text_attention(self, text, *, text_length=None):
+    def text_attention(self, text, *, text_length=None, picture=0):
+        if picture and self._sparsity is not None:
+            length = None if text_length is None else text_length - picture
+            q, k, v = text
+            return self._attend(q, k, v, Chunks(1, picture, q.shape[1] - picture, None, length))
         return self._kernel(*text, kv_length=text_length)[0]
 
     def joint_attention(self, tokens, text, *, text_length=None):
         size = tokens.q.shape[1]
         chunks = Chunks(1, tokens.k.shape[1], text.q.shape[1], self._num_tokens, text_length)
         q, k, v = _joined(tokens, text)
-        out = _attend(self._kernel, q, chunks.arrange(k, 0), chunks.arrange(v, 0), chunks)
+        out = self._attend(q, k, v, chunks)
         return out[:, :size], out[:, size:]
+
+    def _attend(self, q, k, v, chunks):
+        return attend_to_whole(self._kernel, q, k, v, chunks, self._sparse, self._sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +144,7 @@ class MeshAttend:
         where the text divides evenly; padded rows could not be cut off again without moving all others.
     batch: the axes that the batch is split over.
     num_tokens: how many tokens count (see `for_length`); None if all do.
+    sparse: the kernel for what leaves keys out. sparsity: see `leaving_out`.
 
     Called within a shard_map over other axes than the sequence's (say "cfg"), it is one over the rest.
 
@@ -134,6 +157,8 @@ class MeshAttend:
     text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
     num_tokens: NumTokens | None = None
+    sparse: SparseKernel | None = None
+    sparsity: Array | None = None
 
     @property
     def whole(self) -> bool:
@@ -149,6 +174,13 @@ class MeshAttend:
         For callers who pad once, to `padded_length`, and not in every call. Outputs of padding are finite and mean nothing.
         """
         return dataclasses.replace(self, num_tokens=num_tokens)
+
+    def leaving_out(self, sparsity: Array) -> "MeshAttend":
+        """This attention, where the picture's tokens leave out this share of the blocks of keys (traced, in [0, 1)).
+
+        0 is the kernel for all keys itself. Not along a ring: the best blocks would lie on some of its devices.
+        """
+        return dataclasses.replace(self, sparsity=sparsity)
 
     def self_attention(self, tokens):
         return self._split_attention(tokens, None, None)[0]
@@ -184,7 +216,7 @@ class MeshAttend:
         run = self._shard_map(local, (split, whole, whole, rows), split)
         return run(self._padded(q), k, v, text_length)[:, : q.shape[1]]
 
-    def text_attention(self, text, *, text_length=None):
+    def text_attention(self, text, *, text_length=None, picture=0):
         def local(text, length):
             return self.kernel(*text, kv_length=length)[0]
 
@@ -209,10 +241,11 @@ class MeshAttend:
         text_split = split if text_mode == "split" else whole
         everywhere = PartitionSpec()
         local = partial(self._local, text_mode)
-        run = self._shard_map(local, (split, split, everywhere, rows, split, everywhere), (split, text_split, split))
+        specs = (split, split, everywhere, rows, split, everywhere, everywhere)
+        run = self._shard_map(local, specs, (split, text_split, split))
         operands = jax.tree.map(self._padded, (tokens, text))
         num_tokens = None if num_tokens is None else jnp.asarray(num_tokens, jnp.int32)
-        out, text_out, held = run(*operands, num_tokens, text_length, held, fresh)
+        out, text_out, held = run(*operands, num_tokens, text_length, held, fresh, self.sparsity)
         return out[:, :size], None if text_out is None else text_out[:, :text_size], held
 
     def _local(
@@ -224,6 +257,7 @@ class MeshAttend:
         text_length: Array | None,
         held: Any,
         fresh: Array | None,
+        sparsity: Array | None,
     ) -> tuple[Array, Array | None, Any]:
         """One device's part of `_split_attention`, on its pieces."""
         size, ring, ulysses = tokens.q.shape[1], self.mesh.shape["ring"], self.mesh.shape["ulysses"]
@@ -235,9 +269,9 @@ class MeshAttend:
             out, held = self._with_remote(q, self._arranged(k, v, chunks), chunks, held, fresh)
         elif ulysses > 1:
             whole = QKV(*(split_heads(x, "ulysses") for x in piece))
-            out = split_sequence(self._attend(whole, chunks), "ulysses")
+            out = split_sequence(self._attend(whole, chunks, sparsity), "ulysses")
         else:
-            out = self._attend(piece, chunks)
+            out = self._attend(piece, chunks, sparsity)
         if text is None:
             return out, None, held
         out, text_out = out[:, :size], out[:, size:]
@@ -245,7 +279,7 @@ class MeshAttend:
             text_out = lax.all_gather(text_out, SEQUENCE, axis=1, tiled=True)
         return out, text_out, held
 
-    def _attend(self, whole: QKV, chunks: Chunks) -> Array:
+    def _attend(self, whole: QKV, chunks: Chunks, sparsity: Array | None) -> Array:
         """Attention of what Ulysses has put together to all that lies along the ring."""
         q, k, v = whole
         if self.mesh.shape["ring"] > 1 and self.ring == "permute":
@@ -253,7 +287,7 @@ class MeshAttend:
         if self.mesh.shape["ring"] > 1:
             k, v = (lax.all_gather(x, "ring", axis=1, tiled=True) for x in (k, v))
             chunks = dataclasses.replace(chunks, blocks=self.mesh.shape["ring"] * chunks.blocks)
-        return _attend(self.kernel, q, chunks.arrange(k, 0), chunks.arrange(v, 0), chunks)
+        return attend_to_whole(self.kernel, q, k, v, chunks, self.sparse, sparsity)
 
     def _arranged(self, k: Array, v: Array, chunks: Chunks) -> KV:
         own = lax.axis_index("ring")
@@ -337,6 +371,7 @@ def wrap(
     ring: RingMode = "permute",
     text: TextMode | None = None,
     batch: tuple[str, ...] = ("data",),
+    sparse: SparseKernel | None = None,
 ) -> LocalAttend | MeshAttend:
     """`kernel` made to serve arrays laid out on `mesh`; the options are `MeshAttend`'s.
 
@@ -346,13 +381,8 @@ def wrap(
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
     if mesh.size == 1:
-        return LocalAttend(kernel, fused=jax.default_backend() == "gpu")
-    return MeshAttend(kernel, mesh, ring, text, batch)
-
-
-def _attend(kernel: AttentionFn, q: Array, k: Array, v: Array, chunks: Chunks) -> Array:
-    """Attention to all keys at once: the first chunk is the whole."""
-    return kernel(q, k, v, kv_length=None if chunks.all_count else chunks.lengths(0, q.shape[0]))[0]
+        return LocalAttend(kernel, fused=jax.default_backend() == "gpu", sparse=sparse)
+    return MeshAttend(kernel, mesh, ring, text, batch, sparse=sparse)
 
 
 def _no_ring(size: int) -> InvalidConfig:

@@ -162,16 +162,20 @@ class DenoiseLoop:
         hi: Int[Array, ""],
         first: Int[Array, ""],
         num_tokens: Int[Array, ""] | None = None,
+        sparsity: Float[Array, ""] | None = None,
     ) -> DenoiseCarry:
         """Steps lo to hi - 1; `first` is the step from which on these weights serve.
 
         num_tokens: how many tokens count, where they were padded for the mesh.
+        sparsity: the share of the keys that attention leaves out, where it can.
         """
         model: Any = nnx.merge(self._graphdef, weights)
-        attend: Attend = self._attend
+        attend: Any = self._attend
         counts = None
+        if sparsity is not None:
+            attend = attend.leaving_out(sparsity)
         if num_tokens is not None:
-            attend = self._attend.for_length(num_tokens)
+            attend = attend.for_length(num_tokens)
             counts = (jnp.arange(carry.tokens.shape[1]) < num_tokens).astype(jnp.float32)
 
         def body(index, carry: DenoiseCarry) -> DenoiseCarry:
@@ -268,6 +272,7 @@ def denoise(
     chunk: int | None = None,
     resume: Checkpoint | None = None,
     stops: Collection[int] = (),
+    sparsity: float | None = None,
 ) -> Iterator[ChunkDone | DenoiseCarry]:
     """Drive the loop chunk by chunk; yields ChunkDone when all is compiled and after each chunk, and at last the carry.
 
@@ -277,13 +282,15 @@ def denoise(
     model (bounds are traced: any length costs nothing).
     resume: take up the loop where this was made; raises CheckpointError where it does not fit.
     stops: steps after which a chunk ends and tells its estimate.
+    sparsity: the share of the keys that attention leaves out; None where it is wrapped for none.
     """
     num_steps = int(schedule.num_steps)
     counts = None if num_tokens is None else np.int32(num_tokens)
+    share = None if sparsity is None else np.float32(sparsity)
 
     def run(weights: Any, carry: DenoiseCarry, lo: int, hi: int, first: int) -> DenoiseCarry:
         bounds = np.int32(lo), np.int32(hi), np.int32(first)
-        return compiled(weights, carry, branches, schedule, guidance_scale, policy, sampler, *bounds, counts)
+        return compiled(weights, carry, branches, schedule, guidance_scale, policy, sampler, *bounds, counts, share)
 
     with experts[0].weights.use() as weights:
         start, compiled = loop.functions(weights, tokens, branches, policy, sampler)

@@ -87,9 +87,7 @@ def test_what_is_never_left_out():
     k = k.at[:, 24:32].set(jnp.eye(8, 64)[None, :, None] * 50.0)
     options = dict(text_keys=jnp.array([60]), text_queries=60)
     mask = np.asarray(choose_blocks(q, k, jnp.float32(0.4), SMALL, **options).mask())[0, 0]
-    assert (
-        mask.shape == (5, 9) and mask[:, 7:].all() and mask[3:].all()
-    )  # token 60 is in block 3 of 16 and in 7 of 8
+    assert mask.shape == (5, 9) and mask[:, 7:].all() and mask[3:].all()  # token 60 is in block 3 of 16 and in 7 of 8
     own = np.arange(9) // 2 == np.arange(5)[:, None]
     assert mask[own].all() and mask[:, 3].all() and (mask[:3].sum(1) == 9 - int(0.4 * 9)).all()
     most = np.asarray(choose_blocks(q, k, jnp.float32(0.9), SMALL, **options).mask())[0, 0]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from smartdiff_jax.errors import InvalidConfig, Unsupported
 from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.sparse import BlockSize, SparseKernel, choose_blocks
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.sharding.context_parallel import LocalAttend, MeshAttend, factorise, padded_length, wrap
 from smartdiff_jax.sharding.mesh import AXES
@@ -115,6 +116,48 @@ def test_padded_once_by_the_caller(ring):
         cut = jax.tree.map(lambda x, length=length: x[:, :length], tokens)
         assert_close(ours, run(local, cut, text, TEXT_LENGTH))
     assert padded._cache_size() == 1
+
+
+SPARSE = SparseKernel(xla_attention, BlockSize(3, 4))
+
+
+@pytest.mark.parametrize("name", ["ulysses 4", "tensor 2 x ulysses 2", "data 2"])
+def test_heads_leave_out_the_same_keys_on_any_device(name):
+    """Padded tokens, text that is padded or not; one program for every share; at 0 what attends without the choice."""
+    tokens, text = streams(27, TEXT)  # whole blocks of queries: in no other way may padding be among the last
+    plain = wrap(xla_attention, mesh_of(**MESHES[name]))
+
+    def program(mesh):
+        def ways(sparsity):
+            attend = wrap(xla_attention, mesh, sparse=SPARSE).leaving_out(sparsity)
+            return attentions(attend, tokens, text, jnp.asarray(TEXT_LENGTH)) | {
+                "all text": attend.joint_attention(tokens, text)
+            }
+
+        return compiled(ways)
+
+    on_one, on_mesh = program(mesh_of()), program(mesh_of(**MESHES[name]))
+    one = on_one(0.5)
+    assert_close(on_mesh(0.5), one)
+    dense = run(plain, tokens, text, TEXT_LENGTH)
+    for way in ("self", "cross", "joint"):
+        np.testing.assert_array_equal(jax.tree.leaves(on_mesh(0.0)[way])[0], jax.tree.leaves(dense[way])[0])
+    picture, words = (np.asarray(there - here) for there, here in zip(one["joint"], dense["joint"], strict=True))
+    assert np.abs(one["self"] - dense["self"]).max() > 0.1 and np.abs(picture).max() > 0.1
+    assert np.abs(words).max() < 1e-5 and np.abs(one["cross"] - dense["cross"]).max() < 1e-5  # the text attends to all
+    assert on_mesh._cache_size() == 1
+
+
+def test_one_stream_leaves_out_what_two_do():
+    tokens, text = streams(32, 8)
+    attend = wrap(xla_attention, mesh_of(), sparse=SPARSE).leaving_out(jnp.float32(0.6))
+    stream = QKV(*(jnp.concatenate(pair, axis=1) for pair in zip(tokens, text, strict=True)))
+    for length in (None, jnp.array([8, 3])):
+        out = attend.text_attention(stream, text_length=None if length is None else 32 + length, picture=32)
+        assert_close((out[:, :32], out[:, 32:]), attend.joint_attention(tokens, text, text_length=length))
+    assert_close(attend.text_attention(text), local.text_attention(text))
+    blocks = choose_blocks(stream.q, stream.k, jnp.float32(0.6), SPARSE.size, text_keys=32, text_queries=32)
+    assert_close(xla_attention(*stream, blocks=blocks)[0], attend.text_attention(stream, picture=32))
 
 
 def collectives(function, operands, expected) -> dict[str, int]:
