@@ -3,15 +3,18 @@
     python benchmarks/attention.py            on a GPU; FlashAttention-3 beside it where torch and fa3-fwd are installed
     python benchmarks/attention.py --check    errors at odd lengths, batches, outliers, and on what bundled models make; exits
                                               with 1 where a bound is broken
+    python benchmarks/attention.py --sparsity 0.5    also with half of the keys left out, their choice included
     python benchmarks/attention.py --tiny     anywhere, to see that it runs
 
 `smartdiff bench attention` is the same. Time is that of calls in a row, of which the device is the slower part; that of
-8-bit kernels includes the making of 8 bits. Prints a table and writes benchmarks/results/attention-<device>.json.
+8-bit kernels includes the making of 8 bits. TFLOP/s where keys are left out count all keys, so that they compare. Prints a
+table and writes benchmarks/results/attention-<device>.json.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,8 +29,9 @@ from benchmarks.measure import child, stamp, time_calls, write  # noqa: E402
 from benchmarks.recorded import PROMPTS, record  # noqa: E402
 from benchmarks.workloads import ATTENTION_SHAPES, TINY_SHAPES, AttentionShape  # noqa: E402
 from smartdiff_jax.errors import Unsupported  # noqa: E402
-from smartdiff_jax.kernels import ATTENTION  # noqa: E402
+from smartdiff_jax.kernels import ATTENTION, SPARSE  # noqa: E402
 from smartdiff_jax.kernels.base import AttentionFn  # noqa: E402
+from smartdiff_jax.kernels.sparse import Blocks, choose_blocks  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "fa3_attention.py"
 CHECKED_QUERIES, CHECKED_HEADS = 256, 2
@@ -41,6 +45,9 @@ LSE_BOUND_8 = 0.03
 
 COSINE_BOUND, RECORDED_COSINE_BOUND = 0.999, 0.9995
 """Of 8-bit kernels, on random numbers, where weights and values both keep three bits of mantissa: 0.9993; on recorded ones."""
+
+SPARSITY = 0.5
+"""Of what is checked with lists."""
 
 RECORDED = 5
 """One recorded case of so many is taken; no model's number of blocks divides by it, so that each block is among them."""
@@ -58,12 +65,13 @@ def draw(shape: AttentionShape, seed: int = 0, outliers: float = 0.0) -> list[Ar
     return [x.astype(jnp.bfloat16) for x in (q, k, v)]
 
 
-def exact(q: Array, k: Array, v: Array, lengths: Array) -> tuple[np.ndarray, np.ndarray]:
+def exact(q: Array, k: Array, v: Array, lengths: Array, blocks: Blocks | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Of CHECKED queries and heads: out and lse in float64."""
+    listed = True if blocks is None else _listed(blocks, q.shape[1], k.shape[1])
     with jax.enable_x64(True):
         q, k, v = (x[:, :, :CHECKED_HEADS].astype(jnp.float64) for x in (_ends(q), k, v))
         logits = jnp.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
-        logits = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None], logits, -jnp.inf)
+        logits = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None] & listed, logits, -jnp.inf)
         out = jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v)
         return np.asarray(out), np.asarray(jax.nn.logsumexp(logits, axis=-1))
 
@@ -72,6 +80,14 @@ def _ends(x: Array) -> Array:
     """The first and last queries: the last are in the block that may not be full."""
     half = CHECKED_QUERIES // 2
     return x if x.shape[1] <= CHECKED_QUERIES else jnp.concatenate([x[:, :half], x[:, -half:]], axis=1)
+
+
+def _listed(blocks: Blocks, queries: int, keys: int) -> Array:
+    """Of CHECKED queries and heads, whether a key is in their list."""
+    tiles = _ends(jnp.arange(queries)[None] // blocks.size.queries)[0]
+    count, index = (x[:, :CHECKED_HEADS][:, :, tiles] for x in (blocks.count, blocks.index))
+    mask = dataclasses.replace(blocks, count=count, index=index).mask()
+    return jnp.repeat(mask, blocks.size.keys, axis=-1)[..., :keys]
 
 
 def errors(out: Array, lse: Array | None, true: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -92,30 +108,62 @@ def kernels(names: Sequence[str]) -> dict[str, AttentionFn]:
     return {name: ATTENTION[name] for name in names or [name for name in ATTENTION if name != "auto"]}
 
 
-def measure(shape: AttentionShape, names: Sequence[str]) -> dict[str, dict]:
-    """Of every kernel: seconds of a call, TFLOP/s, errors, bytes besides its arguments; or why it does not serve."""
+def measure(shape: AttentionShape, names: Sequence[str], sparsity: float | None = None) -> dict[str, dict]:
+    """Of every kernel: seconds of a call, TFLOP/s, errors, bytes besides its arguments; or why it does not serve.
+
+    sparsity: those that can are measured with this share of the keys left out as well, and the choice of these alone.
+    """
     q, k, v = draw(shape)
     lengths = jnp.full((shape.batch,), shape.keys, jnp.int32)
-    true = exact(q, k, v, lengths)
+    all_keys, share = exact(q, k, v, lengths), jnp.float32(sparsity or 0.0)
+
+    def true(blocks: Blocks | None) -> tuple[np.ndarray, np.ndarray]:
+        return all_keys if blocks is None else exact(q, k, v, lengths, blocks)
+
     found = {}
     for name, kernel in kernels(names).items():
         if name == "xla" and shape.flops > 2e13:
             continue  # half a minute, to learn nothing
         try:
-            compiled = jax.jit(lambda q, k, v, kernel=kernel: kernel(q, k, v)[0]).lower(q, k, v).compile()
+            found[name] = _measured(shape, lambda q, k, v, kernel=kernel: (kernel(q, k, v)[0], None), (q, k, v), true)
         except Unsupported as error:
             found[name] = {"unsupported": str(error)}
             continue
-        row = errors(compiled(q, k, v), None, true)
-        seconds = time_calls(compiled, q, k, v)
-        memory = compiled.memory_analysis()
-        found[name] = {
-            "seconds": seconds,
-            "tflops": shape.flops / seconds["median"] / 1e12,
-            "temporary_mb": memory.temp_size_in_bytes / 2**20 if memory else None,
-            **row,
-        }
+        if sparsity is None or name not in SPARSE:
+            continue
+        choose, attend = _sparse(name)
+        row = _measured(shape, attend, (q, k, v, share), true)
+        found[f"{name} {sparsity}"] = row | {"choice_seconds": time_calls(jax.jit(choose), q, k, share)}
     return found
+
+
+def _measured(shape: AttentionShape, run: Callable, operands: tuple[Array, ...], true: Callable) -> dict:
+    """run gives out, and the lists it went by. true: of these, what it should give."""
+    compiled = jax.jit(run).lower(*operands).compile()
+    out, blocks = compiled(*operands)
+    row = errors(out, None, true(blocks))
+    seconds = time_calls(compiled, *operands)
+    memory = compiled.memory_analysis()
+    return {
+        "seconds": seconds,
+        "tflops": shape.flops / seconds["median"] / 1e12,
+        "temporary_mb": memory.temp_size_in_bytes / 2**20 if memory else None,
+        **row,
+    }
+
+
+def _sparse(name: str) -> tuple[Callable[..., Blocks], Callable[..., tuple[Array, Blocks]]]:
+    """What chooses for a kernel, and both together."""
+    kernel, size = SPARSE[name]
+
+    def choose(q, k, share):
+        return choose_blocks(q, k, share, size)
+
+    def attend(q, k, v, share):
+        blocks = choose(q, k, share)
+        return kernel(q, k, v, blocks=blocks)[0], blocks
+
+    return choose, attend
 
 
 def check(names: Sequence[str], lengths: Sequence[int], heads: int = 3, recorded: bool = True) -> tuple[list[dict], list[str]]:
@@ -148,14 +196,28 @@ def _check_one(names: Sequence[str], q: Array, k: Array, v: Array, lengths: Arra
             jax.block_until_ready(poison)
             del poison  # results are written over it: what is left unwritten shows
             rows.append({"kernel": name, **errors(*run(q, k, v, lengths), true)})
+            if name in SPARSE:
+                rows.append({"kernel": name, "sparsity": SPARSITY, **_check_lists(name, q, k, v, lengths)})
         except Unsupported as error:
             rows.append({"kernel": name, "unsupported": str(error)})
     return rows
 
 
+def _check_lists(name: str, q: Array, k: Array, v: Array, lengths: Array) -> dict:
+    """Errors with a share of the keys left out; and whether lists of all blocks give what no lists give, to the bit."""
+    kernel, size = SPARSE[name]
+    choose = jax.jit(lambda q, k, share, n: choose_blocks(q, k, share, size, kv_length=n))
+    run = jax.jit(lambda q, k, v, n, blocks: kernel(q, k, v, kv_length=n, with_lse=True, blocks=blocks))
+    some, every = (choose(q, k, jnp.float32(share), lengths) for share in (SPARSITY, 0.0))
+    pairs = zip(run(q, k, v, lengths, every), run(q, k, v, lengths, None), strict=True)
+    same = all(bool(jnp.all(with_lists == without)) for with_lists, without in pairs)
+    return errors(*run(q, k, v, lengths, some), exact(q, k, v, lengths, some)) | {"same": same}
+
+
 def _broken(rows: Sequence[dict]) -> list[str]:
     """bfloat16: at most 1.2 times cuDNN's error, and LSE_BOUND. 8 bits: COSINE_BOUND, LSE_BOUND_8. XLA's is what it is."""
-    at = lambda row: tuple(row.get(name) for name in ("queries", "keys", "batch", "outliers", "recorded", "case"))  # noqa: E731
+    fields = "queries", "keys", "batch", "outliers", "recorded", "case", "sparsity"
+    at = lambda row: tuple(row.get(name) for name in fields)  # noqa: E731
     best = {at(row): row["relative"] for row in rows if row["kernel"] == "cudnn" and "relative" in row}
     broken = []
     for row in rows:
@@ -165,6 +227,7 @@ def _broken(rows: Sequence[dict]) -> list[str]:
         right = row["lse"] <= (LSE_BOUND_8 if eight else LSE_BOUND)
         least = RECORDED_COSINE_BOUND if "recorded" in row else COSINE_BOUND
         right &= row["cosine"] >= least if eight else row["relative"] <= 1.2 * best.get(at(row), 0.004)
+        right &= row.get("same", True)
         if not right:
             broken.append(str(row))
     return broken
@@ -178,7 +241,8 @@ def show(shape: AttentionShape, found: dict[str, dict]) -> None:
             continue
         print(
             f"  {name:14} {row['seconds']['median'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  error {row['relative']:.1e}"
-            f"  L1 {row['l1']:.4f}  cosine {row['cosine']:.6f}  {row['temporary_mb'] or 0:.0f} MiB besides",
+            f"  L1 {row['l1']:.4f}  cosine {row['cosine']:.6f}  {row['temporary_mb'] or 0:.0f} MiB besides"
+            + (f", {row['choice_seconds']['median'] * 1e3:.3f} ms of it the choice" if "choice_seconds" in row else ""),
             flush=True,
         )
 
@@ -187,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="append", default=[], choices=[*ATTENTION], help="of these alone")
     parser.add_argument("--check", action="store_true", help="errors at odd lengths in the place of speed")
+    parser.add_argument("--sparsity", type=float, help="0 to 1: with this share of the keys left out as well")
     parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written unless to --output")
     parser.add_argument("--output", type=Path, help="where the result goes instead")
     parser.add_argument("--commit", help="of a copy of the tree without its history")
@@ -207,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers = {} if options.tiny else child([str(PEER)])
     results = {"stamp": stamp(options.commit), "peers": peers, "shapes": {}}
     for shape in shapes:
-        results["shapes"][shape.name] = measure(shape, options.kernel)
+        results["shapes"][shape.name] = measure(shape, options.kernel, options.sparsity)
         show(shape, results["shapes"][shape.name])
         for name, row in peers.get(shape.name, {}).items():
             print(f"  {name:14} {row['seconds'] * 1e3:9.3f} ms {row['tflops']:7.1f} TFLOP/s  peer")

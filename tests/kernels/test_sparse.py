@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arithmetic import exact
+from test_hopper import draw, needs_jax_011
 
 from smartdiff_jax.kernels.sparse import Blocks, BlockSize, choose_blocks
 from smartdiff_jax.kernels.xla import xla_attention
-from tests.kernels.test_hopper import draw, needs_jax_011
 
 SMALL = BlockSize(16, 8)
 
