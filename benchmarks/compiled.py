@@ -131,6 +131,7 @@ def compile_step(model_name: str, size: str | None, system: Any, options: dict[s
     from jax.sharding import NamedSharding, PartitionSpec
 
     from smartdiff_jax.cache import POLICIES
+    from smartdiff_jax.engine.announced import sparse_kernel
     from smartdiff_jax.engine.loading import _lie_apart, _placement
     from smartdiff_jax.engine.planning import _conditioning, outline, workload
     from smartdiff_jax.kernels import ATTENTION
@@ -185,7 +186,8 @@ def compile_step(model_name: str, size: str | None, system: Any, options: dict[s
     tokens = jax.ShapeDtypeStruct((1, padded, work.features), jnp.float32, sharding=layout.tokens)
 
     sampling = model.spec.sampling
-    attend = wrap(ATTENTION[system.attention], mesh, batch=layout.batch_axes)
+    sparse = sparse_kernel(system, model.dtype)
+    attend = wrap(ATTENTION[system.attention], mesh, batch=layout.batch_axes, sparse=sparse)
     guidance = GUIDANCE["batched" if system.mesh.cfg > 1 else system.guidance](layout.as_branches)
     loop = DenoiseLoop(graphdef, attend, guidance, combine_for(sampling), model.dtype, layout)
     sampler, policy = SAMPLERS[sampling.sampler], POLICIES["none"]()
@@ -193,11 +195,14 @@ def compile_step(model_name: str, size: str | None, system: Any, options: dict[s
     scales = np.full(MAX_STEPS, 5.0, np.float32)
     bounds = np.int32(0), np.int32(1), np.int32(0)
     num_tokens = np.int32(work.tokens) if layout.padding(work.tokens) else None
+    sparsity = None if sparse is None else np.float32(0.5)
     carry = jax.eval_shape(loop._start, weights, tokens, branches, policy, sampler)
     placements = layout.carry(carry, padded)
     carry = jax.tree.map(whole, carry, placements)
     run = jax.jit(loop._run, donate_argnums=1, out_shardings=placements, compiler_options=COMPILER_OPTIONS | options)
-    rest = jax.tree.map(lambda leaf: whole(np.asarray(leaf)), (schedule, scales, policy, sampler, *bounds, num_tokens))
+    rest = jax.tree.map(
+        lambda leaf: whole(np.asarray(leaf)), (schedule, scales, policy, sampler, *bounds, num_tokens, sparsity)
+    )
     # Kernels in Pallas ask the mesh in context which GPU they are for; an explicit one would be asked about every array.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = run.lower(weights, carry, branches, *rest)

@@ -111,7 +111,9 @@ def choose_blocks(
         k = jnp.where((jnp.arange(keys) < lengths[:, None])[..., None, None], k, 0.0)
     q_mean = _sums(q, size.queries) / jnp.minimum(queries - q_starts, size.queries)[:, None, None]
     per_key = 1.0 / jnp.maximum(k_counts, 1)[..., None, None]
-    directions = k * jax.lax.rsqrt(jnp.sum(k * k, axis=-1, keepdims=True) + 1e-30)
+    # Behind a barrier, or XLA writes all directions down to read them again.
+    inverse = jax.lax.optimization_barrier(jax.lax.rsqrt(jnp.sum(k * k, axis=-1, keepdims=True) + 1e-30))
+    directions = k * inverse
     # Of all pairs the mean is that of directions, squared; a key with itself is no pair.
     pairs = jnp.sum(_sums(directions, size.keys) ** 2, axis=-1) - k_counts[..., None]
     unlike = (pairs < SIMILAR * (k_counts * (k_counts - 1))[..., None]) & (k_counts > 1)[..., None]
