@@ -19,14 +19,16 @@ def attend_to_whole(
     sparsity: Array | None,
 ) -> Array:
     """The first chunk is the whole. sparsity: traced, and at 0 `kernel` itself attends; None is without the choice."""
-    length = None if chunks.all_count else chunks.lengths(0, q.shape[0])
+
+    def length() -> Array | None:
+        return None if chunks.all_count else chunks.lengths(0, q.shape[0])
 
     def dense() -> Array:
-        return kernel(q, chunks.arrange(k, 0), chunks.arrange(v, 0), kv_length=length)[0]
+        return kernel(q, chunks.arrange(k, 0), chunks.arrange(v, 0), kv_length=length())[0]
 
     if sparse is None or sparsity is None:
         return dense()
-    return lax.cond(sparsity > 0, lambda: _attend_to_some(sparse, q, k, v, chunks, length, sparsity), dense)
+    return lax.cond(sparsity > 0, lambda: _attend_to_some(sparse, q, k, v, chunks, length(), sparsity), dense)
 
 
 def _attend_to_some(

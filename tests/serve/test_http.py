@@ -114,6 +114,7 @@ def test_one_key_makes_one_job(http):
         ("/v1/jobs", {"prompt": "a", "model": "../../etc"}, "model", "tiny-wan"),
         ("/v1/jobs", {"prompt": "a", "size": "4096x4096", "num_outputs": 64}, "size", "megapixels"),
         ("/v1/jobs", {"prompt": "a", "size": "32x32", "num_frames": 5, "output_format": "jpg"}, "output_format", "mp4"),
+        ("/v1/jobs", {"prompt": "a", "attention_sparsity": 0.5}, "attention_sparsity", "sparse_attention: true"),
         ("/v1/images/generations", {"prompt": "a", "n": 11}, "n", "10"),
         ("/v1/images/generations", {"prompt": "a", "n": 2, "stream": True}, "n", "one"),
         ("/v1/images/generations", {"prompt": "a", "partial_images": 1}, "partial_images", "stream"),
