@@ -6,7 +6,8 @@ takes as many: what is given is the share of the keys that is left out, a traced
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,27 +56,13 @@ class Blocks:
         return jnp.any((self.index[..., None] == jnp.arange(number)) & listed[..., None], axis=-2)
 
 
-@runtime_checkable
-class SparseAttentionFn(Protocol):
-    """An `AttentionFn` that takes lists, too: keys of blocks that are not in them do not count. None: all do."""
-
-    def __call__(
-        self,
-        q: Float[Array, "b s h d"],
-        k: Float[Array, "b t h d"],
-        v: Float[Array, "b t h d"],
-        *,
-        kv_length: Int[Array, " b"] | None = None,
-        scale: float | None = None,
-        with_lse: bool = False,
-        blocks: Blocks | None = None,
-    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"] | None]: ...
-
-
 class SparseKernel(NamedTuple):
-    """A kernel and the blocks it takes lists of."""
+    """A kernel and the blocks it takes lists of.
 
-    attend: SparseAttentionFn
+    attend: an `AttentionFn` with `blocks: Blocks | None` besides: keys of blocks that are not in the lists do not count.
+    """
+
+    attend: Callable[..., tuple[Array, Array | None]]
     size: BlockSize
 
 
@@ -86,7 +73,6 @@ def choose_blocks(
     size: BlockSize,
     *,
     kv_length: Int[Array, " b"] | None = None,
-    scale: float | None = None,
     text_keys: int | Int[Array, ""] | Int[Array, " b"] | None = None,
     text_queries: int | None = None,
 ) -> Blocks:
@@ -97,7 +83,6 @@ def choose_blocks(
     the same tokens, a block's own place are in its list even if the share would be less. Then go blocks of keys that are not
     alike, of which a mean says little; then those of the highest logit of means.
     """
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = q.shape[1], k.shape[1]
     lengths = jnp.full(q.shape[0], keys, jnp.int32) if kv_length is None else kv_length
     q_starts, k_starts = jnp.arange(0, queries, size.queries), jnp.arange(0, keys, size.keys)
@@ -117,7 +102,7 @@ def choose_blocks(
     # Of all pairs the mean is that of directions, squared; a key with itself is no pair.
     pairs = jnp.sum(_sums(directions, size.keys) ** 2, axis=-1) - k_counts[..., None]
     unlike = (pairs < SIMILAR * (k_counts * (k_counts - 1))[..., None]) & (k_counts > 1)[..., None]
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q_mean, _sums(k, size.keys) * per_key) * factor
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q_mean, _sums(k, size.keys) * per_key) * q.shape[-1] ** -0.5
 
     must = jnp.zeros((1, len(q_starts), len(k_starts)), bool)
     if text_keys is not None:

@@ -74,35 +74,30 @@ def check_heads(mesh: Mesh, heads: int) -> None:
         raise InvalidConfig("mesh.ulysses", ulysses, f"must divide the model's {heads} heads{per_tensor}; use {served}")
 
 
+@dataclasses.dataclass(frozen=True)
 class LocalAttend:
-    """`Attend` where one device holds everything: the kernel itself.
+    """`Attend` where one device holds everything: the kernel itself. The fields are `MeshAttend`'s; fused: see `Attend`.
 
-    Joint attention puts the text behind the picture, so that padded text is the end of the keys. fused: see `Attend`.
+    Joint attention puts the text behind the picture, so that padded text is the end of the keys.
     """
 
-    def __init__(
-        self,
-        kernel: AttentionFn,
-        num_tokens: NumTokens | None = None,
-        *,
-        fused: bool = False,
-        sparse: SparseKernel | None = None,
-        sparsity: Array | None = None,
-    ):
-        self._kernel, self._num_tokens, self.fused = kernel, num_tokens, fused
-        self._sparse, self._sparsity = sparse, sparsity
+    kernel: AttentionFn
+    num_tokens: NumTokens | None = None
+    fused: bool = False
+    sparse: SparseKernel | None = None
+    sparsity: Array | None = None
 
     @property
     def whole(self) -> bool:
-        return self._num_tokens is None
+        return self.num_tokens is None
 
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
-        return LocalAttend(self._kernel, num_tokens, fused=self.fused, sparse=self._sparse, sparsity=self._sparsity)
+        return dataclasses.replace(self, num_tokens=num_tokens)
 
     def leaving_out(self, sparsity: Array) -> "LocalAttend":
         """As `MeshAttend.leaving_out`."""
-        return LocalAttend(self._kernel, self._num_tokens, fused=self.fused, sparse=self._sparse, sparsity=sparsity)
+        return dataclasses.replace(self, sparsity=sparsity)
 
     def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
         """As `MeshAttend.remote_shapes`, which one device has not."""
@@ -110,27 +105,27 @@ class LocalAttend:
 
     def self_attention(self, tokens):
         q, k, v = tokens
-        return self._attend(q, k, v, Chunks(1, k.shape[1], 0, self._num_tokens, None))
+        return self._attend(q, k, v, Chunks(1, k.shape[1], 0, self.num_tokens, None))
 
     def cross_attention(self, q, k, v, *, text_length=None):
-        return self._kernel(q, k, v, kv_length=text_length)[0]
+        return self.kernel(q, k, v, kv_length=text_length)[0]
 
     def text_attention(self, text, *, text_length=None, picture=0):
-        if picture and self._sparsity is not None:
+        if picture and self.sparsity is not None:
             length = None if text_length is None else text_length - picture
             q, k, v = text
             return self._attend(q, k, v, Chunks(1, picture, q.shape[1] - picture, None, length))
-        return self._kernel(*text, kv_length=text_length)[0]
+        return self.kernel(*text, kv_length=text_length)[0]
 
     def joint_attention(self, tokens, text, *, text_length=None):
         size = tokens.q.shape[1]
-        chunks = Chunks(1, tokens.k.shape[1], text.q.shape[1], self._num_tokens, text_length)
+        chunks = Chunks(1, tokens.k.shape[1], text.q.shape[1], self.num_tokens, text_length)
         q, k, v = _joined(tokens, text)
         out = self._attend(q, k, v, chunks)
         return out[:, :size], out[:, size:]
 
     def _attend(self, q, k, v, chunks):
-        return attend_to_whole(self._kernel, q, k, v, chunks, self._sparse, self._sparsity)
+        return attend_to_whole(self.kernel, q, k, v, chunks, self.sparse, self.sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
