@@ -76,7 +76,10 @@ class Columns(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the features that a layer takes: `activation` of columns, in float32, or one product's columns as they are."""
+    """Some of the features that a layer takes: `activation` of columns, or one product's columns as they are.
+
+    An activation is computed in float32, but of one full product in its dtype: so XLA has cuBLAS compute it.
+    """
 
     columns: tuple[Columns, ...]
     activation: Callable[..., Array] | None = None
@@ -92,6 +95,8 @@ class Part(NamedTuple):
     def array(self, dtype: DTypeLike) -> Float[Array, "*b w"]:
         if self.activation is None:
             return self.columns[0].array(dtype)
+        if len(self.columns) == 1 and self.columns[0].product.row_scale is None:
+            return self.activation(self.columns[0].array(dtype)).astype(dtype)
         return self.activation(*(columns.array(jnp.float32) for columns in self.columns)).astype(dtype)
 
 

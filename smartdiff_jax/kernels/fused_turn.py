@@ -46,8 +46,12 @@ def serves(num_heads: int, columns: Columns) -> bool:
     return 16 <= head_dim <= CHUNK and head_dim & (head_dim - 1) == 0 and columns.product.values.size < 2**31
 
 
-def turn(streams: Sequence[Stream], num_heads: int, *, interpret: bool = False) -> tuple[Float[Array, "b n h d"], ...]:
+def turn(
+    streams: Sequence[Stream], num_heads: int, *, multiple: int = 1, interpret: bool = False
+) -> tuple[Float[Array, "b n h d"], ...]:
     """Of each of the streams' arrays one, with the streams behind each other; in the dtype of what goes in.
+
+    Zeros follow up to a multiple of `multiple` tokens.
 
     What a norm gives is rounded to that dtype before it is turned, as upstream does it; all else is float32.
     """
@@ -63,7 +67,7 @@ def turn(streams: Sequence[Stream], num_heads: int, *, interpret: bool = False) 
     for stream in streams:
         writers.append(_Writer(stream, total, num_heads, operand))
         total += writers[-1].tokens
-    taken = len(operands)
+    taken, padded = len(operands), -(-total // multiple) * multiple
 
     def body(*refs: Any) -> None:
         token, sample = pl.program_id(0), pl.program_id(1)
@@ -73,16 +77,24 @@ def turn(streams: Sequence[Stream], num_heads: int, *, interpret: bool = False) 
             def write(writer: _Writer = writer) -> None:
                 writer.write(refs[:taken], refs[taken:], token, sample)
 
-            pl.when(here)(write) if len(writers) > 1 else write()
+            pl.when(here)(write) if len(writers) > 1 or padded > total else write()
+
+        if padded > total:
+
+            @pl.when(token >= total)
+            def _() -> None:
+                for out in refs[taken:]:
+                    for at, size in chunks_of(width):
+                        plt.store(out.at[sample, token, pl.ds(at, size)], jnp.zeros(size, dtype))
 
     made = pl.pallas_call(
         body,
-        grid=(total, batch),
-        out_shape=[jax.ShapeDtypeStruct((batch, total, width), dtype) for _ in streams[0].columns],
+        grid=(padded, batch),
+        out_shape=[jax.ShapeDtypeStruct((batch, padded, width), dtype) for _ in streams[0].columns],
         compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
     )(*operands)
-    return tuple(x.reshape(batch, total, num_heads, -1) for x in made)
+    return tuple(x.reshape(batch, padded, num_heads, -1) for x in made)
 
 
 class _Writer:

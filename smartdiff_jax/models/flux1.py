@@ -132,23 +132,6 @@ class Flux1Context:
     rope: Rope
 
 
-class Flux1Modulation(nnx.Module):
-    """temb to `pieces` modulations, each float32 [b, 1, d]."""
-
-    def __init__(self, config: Flux1Config, pieces: int, rngs: nnx.Rngs, dtype: DTypeLike):
-        width = pieces * config.dim
-        self.pieces = pieces
-        self.kernel = nnx.Param(initializers.xavier_uniform()(rngs.params(), (config.dim, width), dtype))
-        self.bias = nnx.Param(jnp.zeros(width, dtype))
-
-    def __call__(self, temb: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
-        # Summed in float32 but multiplied in the kernel's dtype: a batch this small is all reading of the kernel, and a
-        # float32 copy of it would be five times the traffic.
-        kernel = self.kernel[...]
-        y = jnp.matmul(temb.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
-        return jnp.split((y + self.bias[...])[:, None], self.pieces, axis=-1)
-
-
 class Flux1QKV(nnx.Module):
     """Queries, keys and values of a stream; queries and keys normed head by head, then turned."""
 
@@ -171,15 +154,14 @@ class Flux1Stream(nnx.Module):
 
     def __init__(self, config: Flux1Config, rngs: nnx.Rngs, dtype: DTypeLike):
         dim = config.dim
-        self.modulation = Flux1Modulation(config, 6, rngs, dtype)
+        self.modulation = Linear(dim, 6 * dim, rngs, dtype=dtype)
         self.qkv = Flux1QKV(config, rngs, dtype)
         self.out = Linear(dim, dim, rngs, dtype=dtype)
         self.feed_forward = MLP(dim, MLP_RATIO * dim, dim, gelu, rngs, dtype=dtype)
 
-    def modulations(self, temb: Float[Array, "b d"]) -> tuple[Modulation, Modulation]:
+    def modulations(self, temb: Float[Array, "b d"]) -> tuple[Modulation, ...]:
         """Of the attention and of the feed-forward."""
-        pieces = self.modulation(temb)
-        return Modulation(*pieces[:3]), Modulation(*pieces[3:])
+        return Modulation.of(self.modulation, temb, 2)
 
     def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope | None) -> Unturned:
         return self.qkv(modulated_norm_into(self.qkv.q, x, modulation.shift, modulation.scale, EPS), rope)
@@ -222,7 +204,7 @@ class Flux1SingleBlock(nnx.Module):
 
     def __init__(self, config: Flux1Config, rngs: nnx.Rngs, dtype: DTypeLike):
         dim = config.dim
-        self.modulation = Flux1Modulation(config, 3, rngs, dtype)
+        self.modulation = Linear(dim, 3 * dim, rngs, dtype=dtype)
         self.qkv = Flux1QKV(config, rngs, dtype)
         self.feed_forward = Linear(dim, MLP_RATIO * dim, rngs, dtype=dtype)
         self.out = Linear((1 + MLP_RATIO) * dim, dim, rngs, dtype=dtype)
@@ -232,7 +214,7 @@ class Flux1SingleBlock(nnx.Module):
     ) -> tuple[Float[Array, "b _ d"], ...]:
         """streams, each with its rotary table."""
         with jax.named_scope("modulation"):
-            modulation = Modulation(*self.modulation(temb))
+            (modulation,) = Modulation.of(self.modulation, temb, 1)
         inputs = [modulated_norm_into(self.feed_forward, x, modulation.shift, modulation.scale, EPS) for x in streams]
         with jax.named_scope("joint_attention"):
             attended = attention(lambda: [self.qkv(x, rope) for x, rope in zip(inputs, ropes, strict=True)])
@@ -265,7 +247,7 @@ class Flux1Transformer(nnx.Module):
         self.pooled_embedder = MLP(config.pooled_projection_dim, dim, dim, jax.nn.silu, rngs, dtype=dtype, kernel_init=normal)
         self.double_blocks = stack_blocks(lambda rngs: Flux1DoubleBlock(config, rngs, dtype), config.num_layers, rngs)
         self.single_blocks = stack_blocks(lambda rngs: Flux1SingleBlock(config, rngs, dtype), config.num_single_layers, rngs)
-        self.head_modulation = Flux1Modulation(config, 2, rngs, dtype)
+        self.head_modulation = Linear(dim, 2 * dim, rngs, dtype=dtype)
         self.head_projection = Linear(dim, config.in_channels, rngs, dtype=dtype, kernel_init=initializers.zeros)
 
     def embed(
@@ -309,13 +291,13 @@ class Flux1Transformer(nnx.Module):
 
     def head(self, hidden: Streams, context: Flux1Context) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""
-        scale, shift = self.head_modulation(context.temb)
+        scale, shift = jnp.split(self.head_modulation.project(context.temb)[:, None], 2, axis=-1)
         return self.head_projection(modulated_norm(hidden[0], shift, scale, EPS)).astype(jnp.float32)
 
     def probe(self, hidden: Streams, context: Flux1Context) -> Float[Array, "b s d"]:
         """The picture's modulated input of block 0's attention."""
-        shift, scale, *_ = pick_block(self.double_blocks.image.modulation, 0)(context.temb)
-        return modulated_norm(hidden[0], shift, scale, EPS)
+        attention, _ = pick_block(self.double_blocks.image, 0).modulations(context.temb)
+        return modulated_norm(hidden[0], attention.shift, attention.scale, EPS)
 
     def time_embedding(self, context: Flux1Context) -> Float[Array, "b 1 d"]:
         """What every modulation is projected from; guidance scale and prompt are in it, but only the timestep moves it."""

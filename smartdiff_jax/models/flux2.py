@@ -171,11 +171,10 @@ class Flux2Modulation(nnx.Module):
 
     def __init__(self, config: Flux2Config, pieces: int, rngs: nnx.Rngs, dtype: DTypeLike):
         self.pieces = pieces
-        self.linear = Linear(config.dim, pieces * config.dim, rngs, dtype=dtype, use_bias=False, compute_dtype=jnp.float32)
+        self.linear = Linear(config.dim, pieces * config.dim, rngs, dtype=dtype, use_bias=False)
 
     def __call__(self, temb: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        with jax.default_matmul_precision("highest"):
-            return self.linear(temb).reshape(temb.shape[0], self.pieces, -1)
+        return self.linear.project(temb).reshape(temb.shape[0], self.pieces, -1)
 
 
 class Flux2HeadNorm(nnx.Module):

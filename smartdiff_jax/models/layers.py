@@ -67,6 +67,12 @@ class Modulation:
     scale: Array
     gate: Array
 
+    @classmethod
+    def of(cls, layer: Linear, time: Float[Array, "b d"], count: int) -> "tuple[Modulation, ...]":
+        """`count` of them, as `layer` projects them from the embedded timestep."""
+        pieces = jnp.split(layer.project(time)[:, None], 3 * count, axis=-1)
+        return tuple(cls(*pieces[i : i + 3]) for i in range(0, 3 * count, 3))
+
 
 def modulated_norm(
     x: Float[Array, "b s d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"], eps: float
@@ -97,7 +103,12 @@ def timestep_embedding(timestep: Float[Array, " b"], dim: int, max_period: float
 
 
 def gelu(x: Array) -> Array:
-    """GELU in its tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2 u)."""
+    """GELU in its tanh form: x (1 + tanh(u)) / 2 = x sigmoid(2 u).
+
+    In bfloat16 it is written as XLA knows it behind a product, where cuBLAS computes it in float32 while it writes.
+    """
+    if x.dtype == jnp.bfloat16:
+        return jax.nn.gelu(x, approximate=True)
     return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
 
 

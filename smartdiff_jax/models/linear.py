@@ -22,7 +22,7 @@ Features = Float[Array, "..."] | Rows
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, in the kernel's dtype unless `compute_dtype` says otherwise.
+    """x @ kernel + bias, in the kernel's dtype.
 
     kernel [in, out], Xavier uniform unless told otherwise; bias zero. In 8 bits it is [out, in] with a scale [out], and what
     comes out has `compute_dtype`. fused: rows of 8 bits are made by a kernel that runs on one device.
@@ -36,10 +36,9 @@ class Linear(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         use_bias: bool = True,
-        compute_dtype: DTypeLike | None = None,
         kernel_init: Initializer = initializers.xavier_uniform(),
     ):
-        self.compute_dtype: Any = compute_dtype
+        self.compute_dtype: Any = None
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if use_bias else None
         self.scale: nnx.Param | None = nnx.data(None)
@@ -50,9 +49,16 @@ class Linear(nnx.Module):
             return self.product(x).array(self.compute_dtype)
         assert not isinstance(x, Rows), "8 bits are for layers of 8 bits"
         kernel = self.kernel[...]
-        dtype = self.compute_dtype or kernel.dtype
-        y = x.astype(dtype) @ kernel.astype(dtype)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        y = x.astype(kernel.dtype) @ kernel
+        return y if self.bias is None else y + self.bias[...]
+
+    def project(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
+        """The same in float32, for one vector a sample, as modulations are projected from.
+
+        Little happens there but that the kernel is read. Written as a product it would be copied to float32 first, for cuBLAS.
+        """
+        y = jnp.sum(x.astype(jnp.float32)[:, :, None] * self.kernel[...].astype(jnp.float32), axis=1)
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
     def take(self, x: Features) -> Features:
         """x as this layer multiplies it, for several that do so alike."""
@@ -72,13 +78,20 @@ class Linear(nnx.Module):
         """Of the parts side by side."""
         if self.scale is not None:
             return self(self._rows(*parts))
-        dtype = self.compute_dtype or self.kernel[...].dtype
-        features = [part.array(dtype) for part in parts]
-        return self(features[0] if len(features) == 1 else jnp.concatenate(features, axis=-1))
+        kernel = self.kernel[...]
+        first, *others = (part.array(kernel.dtype) for part in parts)
+        # cuBLAS adds what the part before gave; to put the parts side by side would be a pass.
+        at = first.shape[-1]
+        y = first @ kernel[:at]
+        y = y if self.bias is None else y + self.bias[...]
+        for x in others:
+            y = x @ kernel[at : at + x.shape[-1]] + y
+            at += x.shape[-1]
+        return y
 
     def round_to_8_bits(self, quantize: Callable[[Any], tuple[Any, Any]], *, fused: bool) -> None:
         """Its kernel, or each of a stack [..., in, out]. quantize: as fp8.quantize_kernel. What comes out keeps the dtype."""
-        self.compute_dtype = self.compute_dtype or self.kernel.get_value().dtype
+        self.compute_dtype = self.kernel.get_value().dtype
         values, scale = quantize(self.kernel.get_value())
         self.kernel, self.scale, self.fused = nnx.Param(values), nnx.Param(scale), fused
 
@@ -97,7 +110,7 @@ class Linear(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Linear, activation (in float32), Linear."""
+    """Linear, activation, Linear."""
 
     def __init__(
         self,

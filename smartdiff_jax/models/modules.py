@@ -59,14 +59,16 @@ def joint_attention(attend: Attend, streams: Callable[[], Sequence[Unturned]], t
     def attended():
         tokens, text = streams()
         with jax.named_scope("attention"):
-            both, size = joined(attend, tokens, text), tokens.tokens
+            both, size, end = joined(attend, tokens, text), tokens.tokens, tokens.tokens + text.tokens
             if both is None:
                 pair = QKV(*turned(attend, tokens)), QKV(*turned(attend, text))
                 out = attend.joint_attention(*pair, text_length=text_length)
                 return side_by_side(out[0]), side_by_side(out[1])
             length = None if text_length is None else size + text_length
-            out = attend.text_attention(both, text_length=length, picture=size)
-            return side_by_side(out[:, :size]), side_by_side(out[:, size:])
+            if length is None and both.k.shape[1] > end:
+                length = jnp.full(both.k.shape[0], end, jnp.int32)
+            out = side_by_side(attend.text_attention(both, text_length=length, picture=size))
+            return out[:, :size], out[:, size:end]
 
     return module(attend, "joint_attention", attended)
 

@@ -152,10 +152,9 @@ class QwenImageStream(nnx.Module):
         self.k_norm = RMSNorm(config.attention_head_dim, eps=EPS, dtype=dtype)
         self.feed_forward = MLP(dim, 4 * dim, dim, gelu, rngs, dtype=dtype)
 
-    def modulations(self, time: Float[Array, "b d"]) -> tuple[Modulation, Modulation]:
+    def modulations(self, time: Float[Array, "b d"]) -> tuple[Modulation, ...]:
         """Of attention and of the feed-forward."""
-        pieces = jnp.split(self.modulation(time).astype(jnp.float32)[:, None], 6, axis=-1)
-        return Modulation(*pieces[:3]), Modulation(*pieces[3:])
+        return Modulation.of(self.modulation, time, 2)
 
     def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> Unturned:
         x = modulated_norm_into(self.q, hidden, modulation.shift, modulation.scale, EPS)
@@ -243,7 +242,7 @@ class QwenImageTransformer(nnx.Module):
     def head(self, hidden: Streams, context: QwenImageContext) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""
         # Scale comes first here, and shift first in the blocks.
-        scale, shift = jnp.split(self.head_modulation(context.time).astype(jnp.float32)[:, None], 2, axis=-1)
+        scale, shift = jnp.split(self.head_modulation.project(context.time)[:, None], 2, axis=-1)
         return self.head_projection(modulated_norm(hidden[0], shift, scale, EPS)).astype(jnp.float32)
 
     def probe(self, hidden: Streams, context: QwenImageContext) -> Float[Array, "b s d"]:

@@ -14,6 +14,9 @@ from smartdiff_jax.models.family import Rope
 from smartdiff_jax.models.layers import RMSNorm
 from smartdiff_jax.models.rope import apply_rope
 
+ROWS = 8
+"""What attention kernels for Hopper take at once, and would pad to in a pass over each array (kernels/hopper.py)."""
+
 Normed = tuple[Product | Columns, RMSNorm | None]
 """What a projection gave [b, n, h * d], and its norm: over a head, or over all at once. None for values."""
 
@@ -50,10 +53,13 @@ def turned(attend: Attend, stream: Unturned) -> tuple[Float[Array, "b n h d"], .
 
 
 def joined(attend: Attend, tokens: Unturned, text: Unturned) -> QKV | None:
-    """Queries, keys and values of picture and text, in this order, as one sequence, where that takes no pass more."""
+    """Queries, keys and values of picture and text, in this order, as one sequence, where that takes no pass more.
+
+    Zeros behind them, up to a multiple of ROWS, which must not count.
+    """
     if not attend.whole or not _are_fused(attend, tokens, text):
         return None
-    return QKV(*_by_kernel(tokens, text))
+    return QKV(*_by_kernel(tokens, text, multiple=ROWS))
 
 
 def _are_fused(attend: Attend, *streams: Unturned) -> bool:
@@ -68,14 +74,14 @@ def _is_ready(x: Columns) -> bool:
     return x.product.row_scale is None and x.size == x.product.values.shape[-1]
 
 
-def _by_kernel(*streams: Unturned) -> tuple[Array, ...]:
+def _by_kernel(*streams: Unturned, multiple: int = 1) -> tuple[Array, ...]:
     from smartdiff_jax.kernels import fused_turn
 
     def scaled(norm: RMSNorm | None) -> tuple[Array, float] | None:
         return None if norm is None else (norm.scale[...], norm.eps)
 
     told = [fused_turn.Stream(x.columns, tuple(map(scaled, x.norms)), x.rope) for x in streams]
-    return fused_turn.turn(told, streams[0].num_heads)
+    return fused_turn.turn(told, streams[0].num_heads, multiple=multiple)
 
 
 def _by_xla(stream: Unturned, columns: Columns, norm: RMSNorm | None) -> Array:

@@ -199,7 +199,7 @@ class WanTransformer(nnx.Module):
         self.patch_embedding = Linear(patch * config.in_channels, dim, rngs, dtype=dtype)
         # The timestep is float32 from end to end: bfloat16 cannot tell 999 from 997.
         self.time_embedder = MLP(config.freq_dim, dim, dim, jax.nn.silu, rngs, kernel_init=normal)
-        self.time_projection = Linear(dim, 6 * dim, rngs, dtype=dtype, compute_dtype=jnp.float32)
+        self.time_projection = Linear(dim, 6 * dim, rngs, dtype=dtype)
         self.text_embedder = MLP(config.text_dim, dim, dim, gelu, rngs, dtype=dtype, kernel_init=normal)
         self.blocks = stack_blocks(lambda rngs: WanBlock(config, rngs, dtype), config.num_layers, rngs)
         self.scale_shift_table = nnx.Param(_table(rngs, 2, dim))
@@ -216,7 +216,7 @@ class WanTransformer(nnx.Module):
         with jax.named_scope("time_embedding"), jax.default_matmul_precision("highest"):
             frequencies = timestep_embedding(jnp.broadcast_to(timestep, (batch,)), self.freq_dim)
             temb = self.time_embedder(frequencies)
-            modulation = self.time_projection(jax.nn.silu(temb)).reshape(batch, 6, -1)
+            modulation = self.time_projection.project(jax.nn.silu(temb)).reshape(batch, 6, -1)
         text, text_length = self.text_embedder(conditioning.text), conditioning.text_length
         context = WanContext(
             temb=temb,

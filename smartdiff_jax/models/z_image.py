@@ -202,7 +202,7 @@ class ZImageBlock(nnx.Module):
         self.num_heads = config.n_heads
         # Gates that start at zero make a fresh block the identity (adaLN-Zero, arXiv 2212.09748).
         self.modulation = (
-            Linear(config.time_dim, 4 * dim, rngs, dtype=dtype, compute_dtype=jnp.float32, kernel_init=initializers.zeros)
+            Linear(config.time_dim, 4 * dim, rngs, dtype=dtype, kernel_init=initializers.zeros)
             if modulated
             else None
         )
@@ -222,7 +222,7 @@ class ZImageBlock(nnx.Module):
         """Of attention and of the feed-forward."""
         if self.modulation is None:
             return ZImageModulation(), ZImageModulation()
-        pieces = jnp.split(self.modulation(time)[:, None], 4, axis=-1)
+        pieces = jnp.split(self.modulation.project(time)[:, None], 4, axis=-1)
         scales, gates = [1 + piece for piece in pieces[::2]], [jnp.tanh(piece) for piece in pieces[1::2]]
         return ZImageModulation(scales[0], gates[0]), ZImageModulation(scales[1], gates[1])
 
@@ -328,7 +328,7 @@ class ZImageTransformer(nnx.Module):
         self.time_embedder = MLP(FREQUENCIES, TIME_HIDDEN, config.time_dim, jax.nn.silu, rngs, kernel_init=normal)
         self.refiners = stack_blocks(lambda rngs: ZImageRefiner(config, rngs, dtype), config.n_refiner_layers, rngs)
         self.blocks = stack_blocks(lambda rngs: ZImageBlock(config, rngs, dtype, modulated=True), config.n_layers, rngs)
-        self.head_modulation = Linear(config.time_dim, dim, rngs, dtype=dtype, compute_dtype=jnp.float32, kernel_init=zeros)
+        self.head_modulation = Linear(config.time_dim, dim, rngs, dtype=dtype, kernel_init=zeros)
         self.head_projection = Linear(dim, features, rngs, dtype=dtype, kernel_init=zeros)
 
     def embed(
@@ -384,7 +384,7 @@ class ZImageTransformer(nnx.Module):
 
     def head(self, hidden: Streams, context: ZImageContext) -> Float[Array, "b s p"]:
         """The picture's residual stream to the float32 velocity of the packed latents."""
-        scale = self.head_modulation(jax.nn.silu(context.time))[:, None]
+        scale = self.head_modulation.project(jax.nn.silu(context.time))[:, None]
         x = layer_norm(hidden[0], HEAD_EPS) * (1 + scale)
         # Upstream predicts data - noise, as its time runs.
         return -self.head_projection(x).astype(jnp.float32)

@@ -52,7 +52,7 @@ def are_fused(mesh: Mesh) -> bool:
 def _is_rounded(path: str, layer: Linear) -> bool:
     shape = layer.kernel.get_value().shape
     whole = all(size % MULTIPLE == 0 for size in shape[-2:])
-    return is_stacked(f"{path}.kernel") and "modulation" not in path and layer.compute_dtype is None and whole
+    return is_stacked(f"{path}.kernel") and "modulation" not in path and whole
 
 
 def _quantize(kernel: Any) -> tuple[Any, Any]:

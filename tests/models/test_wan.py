@@ -187,7 +187,9 @@ def test_time_modulation_and_norms_are_float32_in_a_bfloat16_run(model):
     embedding = jax.make_jaxpr(model.embed)(tokens, timestep, conditioning)
     matmuls = [eqn for eqn in equations(embedding.jaxpr) if eqn.primitive.name == "dot_general"]
     of_time = [eqn for eqn in matmuls if eqn.outvars[0].aval.ndim == 2]
-    assert len(of_time) == 3  # the embedder's two and the projection
+    assert len(of_time) == 2
+    sums = [eqn for eqn in equations(embedding.jaxpr) if eqn.primitive.name == "reduce_sum"]
+    assert [eqn.params["axes"] for eqn in sums] == [(1,)]  # the projection
     assert all(var.aval.dtype == jnp.float32 for eqn in of_time for var in (*eqn.invars, *eqn.outvars))
 
     def run(hidden, context):
