@@ -37,6 +37,7 @@ from smartdiff_jax.samplers.base import MAX_STEPS  # noqa: E402
 from smartdiff_jax.sharding.context_parallel import LocalAttend, wrap  # noqa: E402
 from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh, replicated  # noqa: E402
+from smartdiff_jax.stages.base import jit_in  # noqa: E402
 from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_plain  # noqa: E402
 from smartdiff_jax.weights.fp8 import are_fused, to_fp8  # noqa: E402
@@ -88,7 +89,7 @@ class Bench:
             hidden, context = model.embed(tokens, jnp.float32(500), conditioning)
             return model.head(model.run_blocks(hidden, context, attend, 0, model.num_blocks), context)
 
-        return jax.jit(run), (self.weights, self.tokens, jax.tree.map(lambda leaf: leaf[0], self.branches))
+        return jit_in(self.weights_dtype, run), (self.weights, self.tokens, jax.tree.map(lambda leaf: leaf[0], self.branches))
 
     def first_steps(self, count: int = 1) -> dict[str, float]:
         """Seconds to compile the loop and run its first chunk, and to run `count` steps afterwards."""
