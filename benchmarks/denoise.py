@@ -3,7 +3,7 @@
     python benchmarks/denoise.py            on a GPU; diffusers beside it where torch and diffusers are installed
     python benchmarks/denoise.py --tiny     anywhere, to see that it runs
 
-Prints a table and writes benchmarks/results/denoise-<device>.json.
+Prints a table and writes benchmarks/results/denoise-<device>.json, whose name tells the settings that are not the defaults.
 """
 
 import argparse
@@ -182,7 +182,9 @@ def main() -> None:
     print("without attention", results["forward_without_attention_s"], flush=True)
     results["denoise"] = bench.first_steps(count=4)
     print("denoise", results["denoise"], flush=True)
-    print(write("denoise-tiny" if arguments.tiny else "denoise", results))
+    told = (arguments.attention, arguments.precision, "no-peer" if arguments.no_peer else "")
+    name = "-".join(["denoise", *(["tiny"] if arguments.tiny else []), *(word for word in told if word not in ("auto", "full", ""))])
+    print(write(name.replace("_", "-"), results))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,7 @@ def apply_rope(
 ) -> Float[Array, "b s h d"]:
     """Turn the pairs of each head, in float32; x is rounded to `dtype` before, as upstream's norms give it, and after. The
     table's batch is b or 1."""
-    if x.dtype != dtype:
-        # XLA would hand the float32 numbers on to the next kernel, twice the bytes, as more precise than was asked for.
-        x = jax.lax.optimization_barrier(x.astype(dtype))
     cos, sin = (table[:, :, None, :, None] for table in rope)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(dtype).astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     # A reversed pair instead of two strided halves: XLA fuses this with the norm before it.
     return (pairs * cos + pairs[..., ::-1] * (sin * jnp.array([-1.0, 1.0]))).reshape(x.shape).astype(dtype)
