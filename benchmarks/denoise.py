@@ -183,8 +183,8 @@ def main() -> None:
     results["denoise"] = bench.first_steps(count=4)
     print("denoise", results["denoise"], flush=True)
     told = (arguments.attention, arguments.precision, "no-peer" if arguments.no_peer else "")
-    name = "-".join(["denoise", *(["tiny"] if arguments.tiny else []), *(word for word in told if word not in ("auto", "full", ""))])
-    print(write(name.replace("_", "-"), results))
+    words = ["denoise", "tiny" if arguments.tiny else "", *told]
+    print(write("-".join(word for word in words if word not in ("auto", "full", "")).replace("_", "-"), results))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 520, 64, 180, 44, 52
 COLOURS = (
     "#d62728 #1f77b4 #2ca02c #ff7f0e #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf #393b79 #637939 #843c39 #7b4173 #000000 "
-    "#5254a3 #8ca252".split()
+    "#5254a3 #8ca252 #bd9e39".split()
 )
 SHADES = "#1f6fa8 #d1662a #3b8f57 #8a6fb0 #7f7f7f #b0485a".split()
 

@@ -6,7 +6,6 @@ and not on the grid they came from. Pairs are interleaved: features 2i and 2i + 
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike

@@ -202,9 +202,7 @@ class ZImageBlock(nnx.Module):
         self.num_heads = config.n_heads
         # Gates that start at zero make a fresh block the identity (adaLN-Zero, arXiv 2212.09748).
         self.modulation = (
-            Linear(config.time_dim, 4 * dim, rngs, dtype=dtype, kernel_init=initializers.zeros)
-            if modulated
-            else None
+            Linear(config.time_dim, 4 * dim, rngs, dtype=dtype, kernel_init=initializers.zeros) if modulated else None
         )
         self.q = Linear(dim, dim, rngs, dtype=dtype, use_bias=False)
         self.k = Linear(dim, dim, rngs, dtype=dtype, use_bias=False)

@@ -2,8 +2,9 @@
 
     tensor   projections into heads or hidden features are split by column, those out of them by row (Megatron-LM,
              arXiv 1909.08053): one reduction behind attention and one behind the feed-forward
-    fsdp     besides, a whole leaf is cut over the sequence axes along its widest free axis; a block gathers its own
-             weights when its turn comes, and the next block's come while it computes
+    fsdp     besides, a whole leaf is cut over the sequence axes along its first free axis that divides; a block gathers its
+             own weights when its turn comes, and the next block's come while it computes. Pieces of the first axis lie one
+             behind the other; cut along the last, XLA would lay a whole stack of kernels anew in every step
 
 Blocks are stacked along a leading axis that is never cut: the scan takes one layer from every device.
 """
@@ -19,7 +20,7 @@ from smartdiff_jax.sharding.context_parallel import SEQUENCE
 INTO = r"(?:.*\.)?(?:q|k|v|qkv|gate|up|linear_1|text_q|text_k|text_v)\.(?:kernel|bias)"
 OUT_OF = r"(?:.*\.)?(?:out|down|linear_2|text_out)\.kernel"
 SMALLEST = 2**16
-"""Parameters under so many numbers are not worth a message: each device keeps its own."""
+"""Parameters under so many numbers, of a block, are not worth a message: each device keeps its own."""
 
 ShardingFor = Callable[[str, tuple[int, ...]], NamedSharding]
 
@@ -36,12 +37,12 @@ def weight_sharding(mesh: Mesh, *, fsdp: bool = False, tensor: Sequence[str] = (
         axes = _dividing(mesh, tensor, shape[along]) if along is not None else ()
         if along is not None and axes:
             spec[along] = axes
-        if fsdp and math.prod(shape) >= SMALLEST:
+        if fsdp and math.prod(shape[is_stacked(path) :]) >= SMALLEST:
             rest = tuple(axis for axis in SEQUENCE if axis not in axes and mesh.shape[axis] > 1)
             free = [i for i in range(is_stacked(path), len(shape)) if spec[i] is None and _size(mesh, rest)]
             fitting = [i for i in free if shape[i] % _size(mesh, rest) == 0]
             if rest and fitting:
-                spec[max(fitting, key=lambda i: shape[i])] = rest
+                spec[fitting[0]] = rest
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return place

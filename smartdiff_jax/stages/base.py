@@ -24,7 +24,7 @@ class Progress:
 COMPILER_OPTIONS = {
     # XLA would make one product of those that read the same input, and for that put their weights side by side at every step.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # cuBLAS adds biases and computes GELU while it writes a product; Triton's products, where XLA takes them, leave that to a pass.
+    # cuBLAS adds biases and computes GELU while it writes a product; behind Triton's, which XLA may take, both are a pass.
     "xla_gpu_enable_triton_gemm": False,
     # XLA would pad products to 8 rows and cut what they give, a pass each, where cuBLAS takes any number of rows as fast.
     "xla_disable_hlo_passes": "cublas-pad-for-gemms",
