@@ -4,9 +4,9 @@
     python benchmarks/compiled.py --model wan2.1-t2v-14b --size 1280x720x81 --mesh examples/mesh-4-gpus.yaml
     python benchmarks/compiled.py --model flux1-dev --xla xla_gpu_enable_triton_gemm=True
 
-XLA and ptxas are those of a GPU. Only what XLA chooses by measuring is not chosen, which of cuBLAS' algorithms a
-product takes. So nothing here is a time. A kernel's bytes over the
-memory's bandwidth are the least time that it can take, and show where a step reads and writes more than it must.
+XLA and ptxas are those of a GPU. Only what XLA chooses by measuring is not chosen, which of cuBLAS' algorithms a product takes.
+So nothing here is a time. A kernel's bytes over the memory's bandwidth are the least time that it can take, and show where a
+step reads and writes more than it must.
 """
 
 import argparse

@@ -72,7 +72,10 @@ CHAIN = 8
 class WithoutAttention:
     """`Attend` that hands queries back: what is left of a step."""
 
-    whole = False
+    fused = False
+
+    def pieces(self, picture, text):
+        return None
 
     def for_length(self, num_tokens):
         return self

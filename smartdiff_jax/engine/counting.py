@@ -93,7 +93,10 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
 class CountedAttend:
     """`Attend` whose calls stand by name in a jaxpr. What comes out has the right shape and no meaning."""
 
-    whole = fused = False
+    fused = False
+
+    def pieces(self, picture, text):
+        return None
 
     def self_attention(self, tokens):
         return _named("self", lambda q, k, v: q + k + v)(*tokens)

@@ -44,9 +44,11 @@ class Attend(Protocol):
     they are of as many on every device.
     """
 
-    @property
-    def whole(self) -> bool:
-        """Whether no stream is split or padded, so that picture and text may be joined into one."""
+    def pieces(self, picture: int, text: int) -> int | None:
+        """In how many pieces, each [picture | text], streams of so many tokens may be joined into one; None: in no way.
+
+        As many as devices share them: joined so, each device's part of both stays where it is.
+        """
         ...
 
     @property
@@ -73,7 +75,7 @@ class Attend(Protocol):
         self, text: QKV, *, text_length: Int[Array, " b"] | None = None, picture: int = 0
     ) -> Float[Array, "b l h d"]:
         """The text among itself. picture: so many tokens of the picture come before it in the same stream, and count in
-        `text_length`; only where `whole`."""
+        `text_length`; the stream is joined in as many pieces as `pieces` says."""
         ...
 
     def joint_attention(

@@ -108,12 +108,15 @@ def scan_shared(
 ) -> Pair:
     """`scan_attending` for blocks that have one set of parameters for picture and text.
 
-    Where nothing is split the two are one stream, in this order: products of a few rows of text take as long as they take for
-    many, and side by side with the picture's nearly nothing.
+    Where they can the two are one stream, on each device in this order: products of a few rows of text take as long as they
+    take for many, and side by side with the picture's nearly nothing.
     """
     if lo >= hi:
         return hidden
-    if not attend.whole:
+    tokens, text = hidden
+    size = tokens.shape[1]
+    pieces = attend.pieces(size, text.shape[1])
+    if pieces is None:
 
         def apart(block: Any, hidden: Pair, attend: Attend) -> Pair:
             tokens, text = call(block, hidden, ropes, partial(joint_attention, attend, text_length=text_length))
@@ -121,9 +124,7 @@ def scan_shared(
 
         return scan_attending(blocks, lo, hi, apart, hidden, attend)
 
-    tokens, text = hidden
-    size = tokens.shape[1]
-    both, length = _joined_rope(ropes, text.shape[1]), None if text_length is None else size + text_length
+    both, length = _joined_rope(ropes, text.shape[1], pieces), None if text_length is None else size + text_length
 
     def as_one(block: Any, stream: Array, attend: Attend) -> Array:
         def attention(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
@@ -131,11 +132,19 @@ def scan_shared(
 
         return call(block, (stream,), (both,), attention)[0]
 
-    stream = scan_attending(blocks, lo, hi, as_one, jnp.concatenate([tokens, text], axis=1), attend)
-    return stream[:, :size], stream[:, size:]
+    stream = scan_attending(blocks, lo, hi, as_one, join_pieces(tokens, text, pieces), attend)
+    in_pieces = stream.reshape(len(stream), pieces, -1, stream.shape[-1])
+    tokens, text = jnp.split(in_pieces, [size // pieces], axis=2)
+    return tokens.reshape(hidden[0].shape), text.reshape(hidden[1].shape)
 
 
-def _joined_rope(ropes: Ropes, num_text: int) -> tuple[Float[Array, "_ m r"], Float[Array, "_ m r"]]:
+def join_pieces(tokens: Array, text: Array, pieces: int) -> Array:
+    """[b s d] and [b l d] to [b s+l d]: of each piece the tokens, then the text."""
+    batch, _, width = tokens.shape
+    return jnp.concatenate([x.reshape(batch, pieces, -1, width) for x in (tokens, text)], axis=2).reshape(batch, -1, width)
+
+
+def _joined_rope(ropes: Ropes, num_text: int, pieces: int) -> tuple[Float[Array, "_ m r"], Float[Array, "_ m r"]]:
     """Of picture and text as one; of a text that does not turn the table says so."""
     rope, text_rope = ropes
     assert rope is not None
@@ -143,11 +152,12 @@ def _joined_rope(ropes: Ropes, num_text: int) -> tuple[Float[Array, "_ m r"], Fl
         shape = (1, num_text, rope[0].shape[-1])
         text_rope = jnp.ones(shape), jnp.zeros(shape)
     batch = max(rope[0].shape[0], text_rope[0].shape[0])
-    cos, sin = (
-        jnp.concatenate([jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in tables], axis=1)
-        for tables in zip(rope, text_rope, strict=True)
-    )
-    return cos, sin
+
+    def joined(of_tokens: Array, of_text: Array) -> Array:
+        of_tokens, of_text = (jnp.broadcast_to(table, (batch, *table.shape[1:])) for table in (of_tokens, of_text))
+        return join_pieces(of_tokens, of_text, pieces)
+
+    return joined(rope[0], text_rope[0]), joined(rope[1], text_rope[1])
 
 
 class Wrapped:
@@ -156,9 +166,8 @@ class Wrapped:
     def __init__(self, attend: Attend):
         self._attend = attend
 
-    @property
-    def whole(self):
-        return self._attend.whole
+    def pieces(self, picture, text):
+        return self._attend.pieces(picture, text)
 
     @property
     def fused(self):
@@ -175,6 +184,13 @@ class Wrapped:
 
     def joint_attention(self, tokens, text, *, text_length=None):
         return self._attend.joint_attention(tokens, text, text_length=text_length)
+
+
+class Apart(Wrapped):
+    """An `Attend` for which picture and text stay two streams."""
+
+    def pieces(self, picture, text):
+        return None
 
 
 class HeldModules(Wrapped):
@@ -217,6 +233,9 @@ class HeldRemotes(HeldModules):
     def __init__(self, attend: Any, held: Held):
         super().__init__(attend, _compute, held)
 
+    def pieces(self, picture, text):
+        return None
+
     def _of_block(self, own: Mapping[str, Any]) -> Any:
         return _RemoteAttend(self._attend, own)
 
@@ -228,7 +247,7 @@ def module_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
 
 def remote_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     """The same for `HeldRemotes`. Raises InvalidConfig where no attention goes around a ring."""
-    return recorded_shapes(run, attend, lambda: _RemoteAttend(attend, {}))
+    return recorded_shapes(run, Apart(attend), lambda: _RemoteAttend(attend, {}))
 
 
 def recorded_shapes(run: Callable[[Any], Any], attend: Attend, of_block: Callable[[], Any]) -> Held:

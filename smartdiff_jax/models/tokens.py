@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smartdiff_jax.kernels.base import QKV, Attend
-from smartdiff_jax.models.modules import Held, HeldModules, Wrapped, recorded_shapes
+from smartdiff_jax.models.modules import Apart, Held, HeldModules, Wrapped, recorded_shapes
 
 
 @jax.tree_util.register_dataclass
@@ -57,14 +57,6 @@ def _each(of_shard: Callable[..., Array]) -> Callable[..., Array]:
     return jax.vmap(jax.vmap(of_shard))
 
 
-class _Apart(Wrapped):
-    """Picture and text stay two streams: of one of them there may be few rows, and its keys alone are remembered."""
-
-    @property
-    def whole(self):
-        return False
-
-
 class HeldKeys(HeldModules):
     """An `Attend` for one call of `Denoiser.run_blocks` over all blocks, whose picture's keys and values are remembered.
 
@@ -72,7 +64,8 @@ class HeldKeys(HeldModules):
     """
 
     def __init__(self, attend: Attend, held: Held, chosen: ChosenTokens | None):
-        super().__init__(_Apart(attend), lambda name, held, compute: compute(), held)
+        # Of the picture there may be few rows, and its keys alone are remembered.
+        super().__init__(Apart(attend), lambda name, held, compute: compute(), held)
         self._chosen = chosen
 
     def _of_block(self, own: Any) -> Any:
@@ -105,5 +98,5 @@ class _KeysAttend(Wrapped):
 
 def key_shapes(run: Callable[[Any], Any], attend: Attend) -> Held:
     """The keys and values of every block, as shapes and dtypes. run: all blocks, for an `Attend`."""
-    apart = _Apart(attend)
+    apart = Apart(attend)
     return recorded_shapes(run, apart, lambda: _KeysAttend(apart, {}, None))

@@ -57,7 +57,7 @@ def joined(attend: Attend, tokens: Unturned, text: Unturned) -> QKV | None:
 
     Zeros behind them, up to a multiple of ROWS, which must not count.
     """
-    if not attend.whole or not _are_fused(attend, tokens, text):
+    if attend.pieces(tokens.tokens, text.tokens) != 1 or not _are_fused(attend, tokens, text):
         return None
     return QKV(*_by_kernel(tokens, text, multiple=ROWS))
 

@@ -87,9 +87,8 @@ class LocalAttend:
     sparse: SparseKernel | None = None
     sparsity: Array | None = None
 
-    @property
-    def whole(self) -> bool:
-        return self.num_tokens is None
+    def pieces(self, picture, text):
+        return 1 if self.num_tokens is None else None
 
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
@@ -155,9 +154,9 @@ class MeshAttend:
     sparse: SparseKernel | None = None
     sparsity: Array | None = None
 
-    @property
-    def whole(self) -> bool:
-        return False
+    def pieces(self, picture, text):
+        pieces = _size(self.mesh, SEQUENCE)
+        return None if picture % pieces or text % pieces or self.text == "replicated" else pieces
 
     @property
     def fused(self) -> bool:
@@ -212,11 +211,36 @@ class MeshAttend:
         return run(self._padded(q), k, v, text_length)[:, : q.shape[1]]
 
     def text_attention(self, text, *, text_length=None, picture=0):
+        if picture:
+            return self._pieces_attention(text, None if text_length is None else text_length - picture, picture)
+
         def local(text, length):
             return self.kernel(*text, kv_length=length)[0]
 
         _, whole, rows = self._specs(text.q)
         return self._shard_map(local, (whole, rows), whole)(text, text_length)
+
+    def _pieces_attention(self, stream: QKV, text_length: Array | None, picture: int) -> Array:
+        """Attention of picture and text as one stream in pieces (`pieces`). picture: so many tokens of it are the picture's."""
+        check_heads(self.mesh, stream.q.shape[2])
+        split, _, rows = self._specs(stream.q)
+        pieces, everywhere = _size(self.mesh, SEQUENCE), PartitionSpec()
+
+        def local(piece: QKV, num_tokens: Array | None, text_length: Array | None, sparsity: Array | None) -> Array:
+            tokens = picture // pieces
+            chunks = Chunks(self.mesh.shape["ulysses"], tokens, piece.k.shape[1] - tokens, num_tokens, text_length)
+            return self._attend_pieces(piece, chunks, sparsity)
+
+        num_tokens = None if self.num_tokens is None else jnp.asarray(self.num_tokens, jnp.int32)
+        run = self._shard_map(local, (split, everywhere, rows, everywhere), split)
+        return run(stream, num_tokens, text_length, self.sparsity)
+
+    def _attend_pieces(self, piece: QKV, chunks: Chunks, sparsity: Array | None) -> Array:
+        """Of one device's piece, [tokens | text]."""
+        if self.mesh.shape["ulysses"] == 1:
+            return self._attend(piece, chunks, sparsity)
+        whole = QKV(*(split_heads(x, "ulysses") for x in piece))
+        return split_sequence(self._attend(whole, chunks, sparsity), "ulysses")
 
     def _split_attention(
         self, tokens: QKV, text: QKV | None, text_length: Array | None, held: Any = None, fresh: Array | None = None
@@ -262,11 +286,8 @@ class MeshAttend:
             # What is held is all heads of a piece, and comes back in one message.
             q, k, v = (split_heads(x, "ulysses") for x in piece) if ulysses > 1 else piece
             out, held = self._with_remote(q, self._arranged(k, v, chunks), chunks, held, fresh)
-        elif ulysses > 1:
-            whole = QKV(*(split_heads(x, "ulysses") for x in piece))
-            out = split_sequence(self._attend(whole, chunks, sparsity), "ulysses")
         else:
-            out = self._attend(piece, chunks, sparsity)
+            out = self._attend_pieces(piece, chunks, sparsity)
         if text is None:
             return out, None, held
         out, text_out = out[:, :size], out[:, size:]

@@ -1,5 +1,6 @@
 """Attention on meshes of 8 virtual devices: the same result as on one, by no more communication than it takes."""
 
+import math
 import re
 
 import jax
@@ -13,6 +14,7 @@ from smartdiff_jax.errors import InvalidConfig, Unsupported
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.kernels.sparse import BlockSize, SparseKernel, choose_blocks
 from smartdiff_jax.kernels.xla import xla_attention
+from smartdiff_jax.models.modules import join_pieces
 from smartdiff_jax.sharding.context_parallel import LocalAttend, MeshAttend, factorise, padded_length, wrap
 from smartdiff_jax.sharding.mesh import AXES
 from smartdiff_jax.sharding.ring import merge
@@ -146,6 +148,33 @@ def test_heads_leave_out_the_same_keys_on_any_device(name):
     assert np.abs(one["self"] - dense["self"]).max() > 0.1 and np.abs(picture).max() > 0.1
     assert np.abs(words).max() < 1e-5 and np.abs(one["cross"] - dense["cross"]).max() < 1e-5  # the text attends to all
     assert on_mesh._cache_size() == 1
+
+
+@pytest.mark.parametrize("axes", [dict(ring=4), dict(ulysses=4), dict(ring=2, ulysses=2), dict(tensor=2)], ids=str)
+@pytest.mark.parametrize("num_tokens", [None, 29])
+@pytest.mark.parametrize("length", [None, [8, 3]])
+def test_one_stream_in_pieces_attends_as_two_do(axes, num_tokens, length):
+    """Where lengths divide; what is padded counts for nobody, and its own outputs mean nothing."""
+    tokens, text = streams(32, 8)
+    attend = wrap(xla_attention, mesh_of(**axes))
+    pieces = attend.pieces(32, 8)
+    assert pieces == math.prod(axes.get(axis, 1) for axis in ("ring", "ulysses"))
+    if pieces > 1:
+        assert attend.pieces(33, 8) is attend.pieces(32, 9) is None
+    if num_tokens is not None:
+        attend = attend.for_length(num_tokens)
+    length = None if length is None else jnp.array(length)
+
+    def joined(x, y):
+        return join_pieces(x.reshape(2, 32, -1), y.reshape(2, 8, -1), pieces).reshape(2, 40, *x.shape[2:])
+
+    stream = QKV(*map(joined, tokens, text))
+    out = attend.text_attention(stream, text_length=None if length is None else 32 + length, picture=32)
+    out = out.reshape(2, pieces, 40 // pieces, *out.shape[2:])
+    wanted = attend.joint_attention(tokens, text, text_length=length)
+    got = [out[:, :, : 32 // pieces].reshape(wanted[0].shape), out[:, :, 32 // pieces :].reshape(wanted[1].shape)]
+    counted = slice(num_tokens)
+    assert_close((got[0][:, counted], got[1]), (wanted[0][:, counted], wanted[1]))
 
 
 def test_one_stream_leaves_out_what_two_do():
