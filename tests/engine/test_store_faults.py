@@ -94,7 +94,8 @@ def test_postgresql_is_restarted_and_no_job_is_lost(postgres, tmp_path, pipe, fi
             postgres.start()
         jobs = [bench.wait(job) for job in (running, *waiting, bench.submit())]
         assert [job.state for job in jobs] == ["succeeded"] * 5 and {job.attempts for job in jobs} == {1}
-        assert len(bench.store.page()) == 5 and succeeded(engine) == 5
+        assert len(bench.store.page()) == 5
+        bench.wait_for(lambda: succeeded(engine) == 5)
 
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
@@ -115,7 +116,9 @@ def test_a_clock_that_jumps_makes_no_job_twice(tmp_path, pipe, monkeypatch, jump
             engine.start()
         bench.wait(jobs[0], "running")
         offset = jump
-        assert [bench.wait(job).state for job in jobs] == ["succeeded"] * 3 and succeeded(*engines) == 3
+        assert [bench.wait(job).state for job in jobs] == ["succeeded"] * 3
+        bench.wait_for(lambda: succeeded(*engines) == 3)  # an engine counts when the store has it
         whole = bench.folder / "whole.mp4"
         pipe(**SMALL | dict(num_inference_steps=60, seed=0)).save(whole)
         assert (bench.folder / "artifacts" / jobs[0].id / "output.mp4").read_bytes() == whole.read_bytes()
+        assert succeeded(*engines) == 3
