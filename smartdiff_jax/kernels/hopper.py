@@ -13,6 +13,8 @@ from smartdiff_jax.errors import Unsupported
 
 HEAD_DIMS = (64, 128)
 LOG2E = math.log2(math.e)
+ROWS = 8
+"""Tokens come in multiples of these: the copy engine's tiles are so high."""
 
 
 def require_hopper(kernel: str, q: Shaped[Array, "b s h d"]) -> None:
@@ -27,8 +29,8 @@ def require_hopper(kernel: str, q: Shaped[Array, "b s h d"]) -> None:
         raise Unsupported(f"{kernel} needs a head dim of {' or '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}")
 
 
-def pad_tokens(x: Shaped[Array, "b n h d"], multiple: int = 8) -> Shaped[Array, "b m h d"]:
-    """Tokens up to a multiple: the copy engine's tiles are 8 rows high. What is padding is never counted."""
+def pad_tokens(x: Shaped[Array, "b n h d"], multiple: int = ROWS) -> Shaped[Array, "b m h d"]:
+    """Tokens up to a multiple. What is padding is never counted."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 

@@ -10,12 +10,10 @@ from jaxtyping import Array, Float
 
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.kernels.fp8 import Columns, Product
+from smartdiff_jax.kernels.hopper import ROWS
 from smartdiff_jax.models.family import Rope
 from smartdiff_jax.models.layers import RMSNorm
 from smartdiff_jax.models.rope import apply_rope
-
-ROWS = 8
-"""What attention kernels for Hopper take at once, and would pad to in a pass over each array (kernels/hopper.py)."""
 
 Normed = tuple[Product | Columns, RMSNorm | None]
 """What a projection gave [b, n, h * d], and its norm: over a head, or over all at once. None for values."""
@@ -55,7 +53,8 @@ def turned(attend: Attend, stream: Unturned) -> tuple[Float[Array, "b n h d"], .
 def joined(attend: Attend, tokens: Unturned, text: Unturned) -> QKV | None:
     """Queries, keys and values of picture and text, in this order, as one sequence, where that takes no pass more.
 
-    Zeros behind them, up to a multiple of ROWS, which must not count.
+    Zeros behind them, up to a multiple of ROWS, which must not count: attention kernels for Hopper would add them in a pass
+    over each array.
     """
     if attend.pieces(tokens.tokens, text.tokens) != 1 or not _are_fused(attend, tokens, text):
         return None
