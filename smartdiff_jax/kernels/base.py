@@ -1,6 +1,8 @@
 """The one contract of every attention kernel."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -35,6 +37,22 @@ class QKV(NamedTuple):
     v: Float[Array, "b s h d"]
 
 
+Place = Literal["exchanged", "split", "whole"]
+"""Where a stream is attended to: where heads are exchanged between devices, where it is split, or whole on every device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fuse:
+    """How kernels that know one GPU alone, and have no gradient, make what is attended to (models/turn.py).
+
+    run: (kernel, arrays) -> what it gives [b, n, ...], on each device of its part: arrays [b or 1, n, _] are split as the
+    stream is, arrays [_] are whole. groups: how the heads are to lie, see fused_turn.turn.
+    """
+
+    run: Callable[[Callable[[list[Array]], tuple[Array, ...]], list[Array]], tuple[Array, ...]]
+    groups: int = 1
+
+
 @runtime_checkable
 class Attend(Protocol):
     """What a model's block calls: a kernel, already wrapped for the mesh it runs on (sharding/context_parallel.py).
@@ -51,9 +69,8 @@ class Attend(Protocol):
         """
         ...
 
-    @property
-    def fused(self) -> bool:
-        """Whether kernels that know one GPU alone, and have no gradient, may make what is attended to (models/turn.py)."""
+    def fuse(self, place: Place, *lengths: int) -> Fuse | None:
+        """How to make arrays of streams of so many tokens with kernels; None leaves it to XLA."""
         ...
 
     def self_attention(self, tokens: QKV) -> Float[Array, "b r h d"]:

@@ -26,6 +26,7 @@ Take = Callable[[Sequence[Any]], Any]
 """References of the kernel's operands to what one of them is."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """What one stream's arrays are made of.
@@ -47,11 +48,12 @@ def serves(num_heads: int, columns: Columns) -> bool:
 
 
 def turn(
-    streams: Sequence[Stream], num_heads: int, *, multiple: int = 1, interpret: bool = False
+    streams: Sequence[Stream], num_heads: int, *, multiple: int = 1, groups: int = 1, interpret: bool = False
 ) -> tuple[Float[Array, "b n h d"], ...]:
     """Of each of the streams' arrays one, with the streams behind each other; in the dtype of what goes in.
 
-    Zeros follow up to a multiple of `multiple` tokens.
+    Zeros follow up to a multiple of `multiple` tokens. groups: the heads lie in so many groups, a group after the other, as
+    Ulysses sends them; what is given has the heads in their order, and to take them by groups is no pass.
 
     What a norm gives is rounded to that dtype before it is turned, as upstream does it; all else is float32.
     """
@@ -62,10 +64,10 @@ def turn(
         return lambda refs, at=len(operands) - 1: refs[at]
 
     first = streams[0].columns[0]
-    batch, width, dtype = first.product.lead[0], first.size, first.product.values.dtype
+    batch, width, dtype = first.product.lead[0], first.size // groups, first.product.values.dtype
     writers, total = [], 0
     for stream in streams:
-        writers.append(_Writer(stream, total, num_heads, operand))
+        writers.append(_Writer(stream, total, num_heads, groups, operand))
         total += writers[-1].tokens
     taken, padded = len(operands), -(-total // multiple) * multiple
 
@@ -84,25 +86,28 @@ def turn(
             @pl.when(token >= total)
             def _() -> None:
                 for out in refs[taken:]:
-                    for at, size in chunks_of(width):
-                        plt.store(out.at[sample, token, pl.ds(at, size)], jnp.zeros(size, dtype))
+                    for group in range(groups):
+                        for at, size in chunks_of(width):
+                            plt.store(out.at[group * batch + sample, token, pl.ds(at, size)], jnp.zeros(size, dtype))
 
     made = pl.pallas_call(
         body,
         grid=(padded, batch),
-        out_shape=[jax.ShapeDtypeStruct((batch, padded, width), dtype) for _ in streams[0].columns],
+        out_shape=[jax.ShapeDtypeStruct((groups * batch, padded, width), dtype) for _ in streams[0].columns],
         compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
     )(*operands)
-    return tuple(x.reshape(batch, padded, num_heads, -1) for x in made)
+    by_group = (x.reshape(groups, batch, padded, num_heads // groups, -1) for x in made)
+    return tuple(jnp.moveaxis(x, 0, 2).reshape(batch, padded, num_heads, -1) for x in by_group)
 
 
 class _Writer:
     """What writes a token of one stream, all of its arrays. first: where the stream's tokens begin."""
 
-    def __init__(self, stream: Stream, first: int, num_heads: int, operand: Callable[[Array], Take]):
-        self.first, self.tokens = first, stream.columns[0].product.lead[1]
-        self.width = stream.columns[0].size
+    def __init__(self, stream: Stream, first: int, num_heads: int, groups: int, operand: Callable[[Array], Take]):
+        self.first, (self.batch, self.tokens) = first, stream.columns[0].product.lead
+        self.width, self.group = stream.columns[0].size, stream.columns[0].size // groups
+        self.chunks = [(group * self.group + at, size) for group in range(groups) for at, size in chunks_of(self.group)]
         self.head_dim = self.width // num_heads
         self.columns = [_Loader(columns, operand) for columns in stream.columns]
         self.norms = [None if norm is None else (operand(norm[0]), *norm) for norm in stream.norms]
@@ -110,16 +115,17 @@ class _Writer:
 
     def write(self, refs: Sequence[Any], outs: Sequence[Any], token: Any, sample: Any) -> None:
         own = token - self.first
-        raw = [columns.load(refs, sample * self.tokens + own, self.width) for columns in self.columns]
+        raw = [columns.load(refs, sample * self.tokens + own, self.chunks) for columns in self.columns]
         rope = None
         if self.rope is not None:
             rope = [_load(take(refs), (sample * many, own), 0, self.head_dim // 2) for take, many in self.rope]
         for columns, numbers, norm, out in zip(self.columns, raw, self.norms, outs, strict=True):
-            chunks = columns.scaled(refs, numbers, self.width)
+            chunks = columns.scaled(refs, numbers, self.chunks)
             if norm is not None:
                 chunks = self._turned(chunks, norm, refs, rope, out.dtype)
-            for (at, size), chunk in zip(chunks_of(self.width), chunks, strict=True):
-                plt.store(out.at[sample, token, pl.ds(at, size)], chunk.astype(out.dtype))
+            for (at, size), chunk in zip(self.chunks, chunks, strict=True):
+                group, within = divmod(at, self.group)
+                plt.store(out.at[group * self.batch + sample, token, pl.ds(within, size)], chunk.astype(out.dtype))
 
     def _turned(self, chunks: list[Array], norm: Any, refs: Sequence[Any], rope: Any, dtype: Any) -> Iterator[Array]:
         take, scale, eps = norm
@@ -127,7 +133,7 @@ class _Writer:
         if over_all := scale.shape[0] == self.width:
             by = jax.lax.rsqrt(over([x * x for x in chunks], jnp.add, jnp.sum) / self.width + eps)
         of_head = None if over_all else self._pairs(_load(take(refs), (), 0, self.head_dim))
-        for (at, size), chunk in zip(chunks_of(self.width), chunks, strict=True):
+        for (at, size), chunk in zip(self.chunks, chunks, strict=True):
             pair, weights = self._pairs(chunk), of_head or self._pairs(_load(take(refs), (), at, size))
             if not over_all:
                 by = jax.lax.rsqrt(jnp.sum(pair[0] * pair[0] + pair[1] * pair[1], axis=1) / self.head_dim + eps)[:, None]
@@ -153,21 +159,21 @@ class _Loader:
         self.of_column = None if product.column_scale is None else operand(product.column_scale)
         self.bias = None if product.row_scale is None or product.bias is None else operand(product.bias)
 
-    def load(self, refs: Sequence[Any], row: Any, width: int) -> tuple[list[Array], Any]:
+    def load(self, refs: Sequence[Any], row: Any, chunks: Sequence[tuple[int, int]]) -> tuple[list[Array], Any]:
         scale = None if self.of_row is None else self.of_row(refs)[row]
         values = self.values(refs)
-        return [plt.load(values.at[row, pl.ds(self.first + at, size)]) for at, size in chunks_of(width)], scale
+        return [plt.load(values.at[row, pl.ds(self.first + at, size)]) for at, size in chunks], scale
 
-    def scaled(self, refs: Sequence[Any], numbers: tuple[list[Array], Any], width: int) -> list[Array]:
-        chunks, scale = numbers
-        chunks = [x.astype(jnp.float32) for x in chunks]
+    def scaled(self, refs: Sequence[Any], numbers: tuple[list[Array], Any], chunks: Sequence[tuple[int, int]]) -> list[Array]:
+        loaded, scale = numbers
+        made = [x.astype(jnp.float32) for x in loaded]
         if self.of_column is None:
-            return chunks
-        for i, (at, size) in enumerate(chunks_of(width)):
-            chunks[i] = chunks[i] * scale * _load(self.of_column(refs), (), self.first + at, size)
+            return made
+        for i, (at, size) in enumerate(chunks):
+            made[i] = made[i] * scale * _load(self.of_column(refs), (), self.first + at, size)
             if self.bias is not None:
-                chunks[i] = chunks[i] + _load(self.bias(refs), (), self.first + at, size)
-        return chunks
+                made[i] = made[i] + _load(self.bias(refs), (), self.first + at, size)
+        return made
 
 
 def _load(ref: Any, at: tuple[Any, ...], first: int, size: int) -> Array:

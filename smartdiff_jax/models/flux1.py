@@ -33,7 +33,7 @@ from smartdiff_jax.models.layers import (
     stack_blocks,
     timestep_embedding,
 )
-from smartdiff_jax.models.linear import MLP, Features, Linear
+from smartdiff_jax.models.linear import MLP, Features, Linear, products
 from smartdiff_jax.models.modules import Attention, Ropes, joint_attention, scan_attending, scan_shared
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import axial_rope_table
@@ -145,7 +145,7 @@ class Flux1QKV(nnx.Module):
         self.k_norm = RMSNorm(head_dim, eps=EPS, dtype=dtype)
 
     def __call__(self, x: Features, rope: Rope | None) -> Unturned:
-        q, k, v = (projection.product(x) for projection in (self.q, self.k, self.v))
+        q, k, v = products(x, self.q, self.k, self.v)
         return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
 

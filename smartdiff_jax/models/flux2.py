@@ -33,7 +33,7 @@ from smartdiff_jax.models.layers import (
     swiglu,
     timestep_embedding,
 )
-from smartdiff_jax.models.linear import Linear
+from smartdiff_jax.models.linear import Linear, products
 from smartdiff_jax.models.modules import Attention, Ropes, joint_attention, scan_attending, scan_shared
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import axial_rope_table
@@ -205,7 +205,7 @@ class Flux2Stream(nnx.Module):
 
     def before_attention(self, x: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> Unturned:
         y = modulated_norm_into(self.q, x, modulation.shift, modulation.scale, self.eps)
-        q, k, v = (Columns(layer.product(y)) for layer in (self.q, self.k, self.v))
+        q, k, v = map(Columns, products(y, self.q, self.k, self.v))
         return self.norm(q, k, v, rope)
 
     def after_attention(

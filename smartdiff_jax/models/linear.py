@@ -7,6 +7,7 @@ goes in becomes 8 bits too, once for all layers that share it, and what comes ou
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
@@ -78,16 +79,18 @@ class Linear(nnx.Module):
         """Of the parts side by side."""
         if self.scale is not None:
             return self(self._rows(*parts))
-        kernel = self.kernel[...]
-        first, *others = (part.array(kernel.dtype) for part in parts)
-        # cuBLAS adds what the part before gave; to put the parts side by side would be a pass.
-        at = first.shape[-1]
-        y = first @ kernel[:at]
-        y = y if self.bias is None else y + self.bias[...]
-        for x in others:
+        kernel, bias = self.kernel[...], self.bias
+        if len(parts) == 1:
+            return self(parts[0].array(kernel.dtype))
+        # cuBLAS adds what the part behind gave, and takes its part of the kernel where it lies, unless it is to add a bias as
+        # well: then XLA copies that part. To put the parts side by side would be a pass.
+        *others, last = (part.array(kernel.dtype) for part in parts)
+        at = kernel.shape[0] - last.shape[-1]
+        y = last @ kernel[at:]
+        for x in reversed(others):
+            at -= x.shape[-1]
             y = x @ kernel[at : at + x.shape[-1]] + y
-            at += x.shape[-1]
-        return y
+        return y if bias is None else (y.astype(jnp.float32) + bias[...].astype(jnp.float32)).astype(kernel.dtype)
 
     def round_to_8_bits(self, quantize: Callable[[Any], tuple[Any, Any]], *, fused: bool) -> None:
         """Its kernel, or each of a stack [..., in, out]. quantize: as fp8.quantize_kernel. What comes out keeps the dtype."""
@@ -107,6 +110,18 @@ class Linear(nnx.Module):
         from smartdiff_jax.kernels import fused_rows
 
         return fused_rows.norm_rows(x, shift, scale, eps)
+
+
+def products(x: Features, *layers: Linear) -> tuple[Product, ...]:
+    """What each of the layers gives of x, computed one after the other, the last first.
+
+    On a mesh values leave while keys are computed, and keys while queries are. XLA would have its own order, and all wait.
+    """
+    made: list[Product] = []
+    for layer in reversed(layers):
+        made.append(layer.product(x))
+        x, made[-1] = jax.lax.optimization_barrier((x, made[-1]))
+    return tuple(reversed(made))
 
 
 class MLP(nnx.Module):

@@ -59,16 +59,16 @@ def joint_attention(attend: Attend, streams: Callable[[], Sequence[Unturned]], t
     def attended():
         tokens, text = streams()
         with jax.named_scope("attention"):
-            both, size, end = joined(attend, tokens, text), tokens.tokens, tokens.tokens + text.tokens
-            if both is None:
+            both, size, pieces = joined(attend, tokens, text), tokens.tokens, attend.pieces(tokens.tokens, text.tokens)
+            if both is None or pieces is None:
                 pair = QKV(*turned(attend, tokens)), QKV(*turned(attend, text))
                 out = attend.joint_attention(*pair, text_length=text_length)
                 return side_by_side(out[0]), side_by_side(out[1])
             length = None if text_length is None else size + text_length
-            if length is None and both.k.shape[1] > end:
-                length = jnp.full(both.k.shape[0], end, jnp.int32)
+            if length is None and both.k.shape[1] > size + text.tokens:
+                length = jnp.full(both.k.shape[0], size + text.tokens, jnp.int32)
             out = side_by_side(attend.text_attention(both, text_length=length, picture=size))
-            return out[:, :size], out[:, size:end]
+            return split_pieces(out, size, text.tokens, pieces)
 
     return module(attend, "joint_attention", attended)
 
@@ -133,15 +133,21 @@ def scan_shared(
         return call(block, (stream,), (both,), attention)[0]
 
     stream = scan_attending(blocks, lo, hi, as_one, join_pieces(tokens, text, pieces), attend)
-    in_pieces = stream.reshape(len(stream), pieces, -1, stream.shape[-1])
-    tokens, text = jnp.split(in_pieces, [size // pieces], axis=2)
-    return tokens.reshape(hidden[0].shape), text.reshape(hidden[1].shape)
+    return split_pieces(stream, size, text.shape[1], pieces)
 
 
 def join_pieces(tokens: Array, text: Array, pieces: int) -> Array:
     """[b s d] and [b l d] to [b s+l d]: of each piece the tokens, then the text."""
     batch, _, width = tokens.shape
     return jnp.concatenate([x.reshape(batch, pieces, -1, width) for x in (tokens, text)], axis=2).reshape(batch, -1, width)
+
+
+def split_pieces(stream: Array, num_tokens: int, num_text: int, pieces: int) -> Pair:
+    """The way back of `join_pieces`; what is behind the text of a piece is left."""
+    batch, _, width = stream.shape
+    in_pieces, first = stream.reshape(batch, pieces, -1, width), num_tokens // pieces
+    tokens, text = in_pieces[:, :, :first], in_pieces[:, :, first : first + num_text // pieces]
+    return tokens.reshape(batch, num_tokens, width), text.reshape(batch, num_text, width)
 
 
 def _joined_rope(ropes: Ropes, num_text: int, pieces: int) -> tuple[Float[Array, "_ m r"], Float[Array, "_ m r"]]:
@@ -169,9 +175,8 @@ class Wrapped:
     def pieces(self, picture, text):
         return self._attend.pieces(picture, text)
 
-    @property
-    def fused(self):
-        return self._attend.fused
+    def fuse(self, place, *lengths):
+        return self._attend.fuse(place, *lengths)
 
     def self_attention(self, tokens):
         return self._attend.self_attention(tokens)

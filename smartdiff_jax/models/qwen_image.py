@@ -32,7 +32,7 @@ from smartdiff_jax.models.layers import (
     stack_blocks,
     timestep_embedding,
 )
-from smartdiff_jax.models.linear import MLP, Linear
+from smartdiff_jax.models.linear import MLP, Linear, products
 from smartdiff_jax.models.modules import joint_attention, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.turn import Unturned
@@ -158,7 +158,7 @@ class QwenImageStream(nnx.Module):
 
     def qkv(self, hidden: Float[Array, "b n d"], modulation: Modulation, rope: Rope) -> Unturned:
         x = modulated_norm_into(self.q, hidden, modulation.shift, modulation.scale, EPS)
-        q, k, v = (layer.product(x) for layer in (self.q, self.k, self.v))
+        q, k, v = products(x, self.q, self.k, self.v)
         return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
     def update(

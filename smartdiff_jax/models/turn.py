@@ -1,14 +1,17 @@
 """What lies between a block's projections and its attention: queries and keys are normed, and turned by their positions.
 
-A block says what is to be done (`Unturned`); what attends says whether one kernel may do it in one pass, and join picture and
-text with it (`Attend.fused`). Else it is left to XLA.
+A block says what is to be done (`Unturned`); what attends says whether a kernel may do it in one pass, and join picture and
+text with it (`Attend.fuse`). Else it is left to XLA.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
-from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.base import QKV, Attend, Fuse, Place
 from smartdiff_jax.kernels.fp8 import Columns, Product
 from smartdiff_jax.kernels.hopper import ROWS
 from smartdiff_jax.models.family import Rope
@@ -38,49 +41,76 @@ class Unturned:
         return self.columns[0].product.lead[1]
 
 
-def turned(attend: Attend, stream: Unturned) -> tuple[Float[Array, "b n h d"], ...]:
+def turned(attend: Attend, stream: Unturned, place: Place = "exchanged") -> tuple[Float[Array, "b n h d"], ...]:
     """The stream's arrays, ready to be attended to."""
-    if not _are_fused(attend, stream):
+    fuse = _fuse(attend, place, stream)
+    if fuse is None:
         return tuple(_by_xla(stream, x, norm) for x, norm in zip(stream.columns, stream.norms, strict=True))
     # Values lie ready where they are neither scaled nor part of something wider.
     ready = [norm is None and _is_ready(x) for x, norm in zip(stream.columns, stream.norms, strict=True)]
-    picked = [i for i, is_ready in enumerate(ready) if not is_ready]
-    columns, norms = (tuple(of[i] for i in picked) for of in (stream.columns, stream.norms))
-    made = dict(zip(picked, _by_kernel(dataclasses.replace(stream, columns=columns, norms=norms)), strict=True))
-    return tuple(made[i] if i in made else _by_xla(stream, x, None) for i, x in enumerate(stream.columns))
+    made = iter(_by_kernel(fuse, [i for i, is_ready in enumerate(ready) if not is_ready], stream))
+    return tuple(
+        _by_xla(stream, x, None) if is_ready else next(made) for x, is_ready in zip(stream.columns, ready, strict=True)
+    )
 
 
 def joined(attend: Attend, tokens: Unturned, text: Unturned) -> QKV | None:
-    """Queries, keys and values of picture and text, in this order, as one sequence, where that takes no pass more.
+    """Queries, keys and values of picture and text, in this order in each of `attend.pieces`, as one sequence, where that takes
+    no pass more.
 
-    Zeros behind them, up to a multiple of ROWS, which must not count: attention kernels for Hopper would add them in a pass
-    over each array.
+    If it is one piece, zeros are behind it, up to a multiple of ROWS, which must not count: attention kernels for Hopper would
+    add them in a pass over each array.
     """
-    if attend.pieces(tokens.tokens, text.tokens) != 1 or not _are_fused(attend, tokens, text):
+    pieces, fuse = attend.pieces(tokens.tokens, text.tokens), _fuse(attend, "exchanged", tokens, text)
+    if pieces is None or fuse is None:
         return None
-    return QKV(*_by_kernel(tokens, text, multiple=ROWS))
+    return QKV(*_by_kernel(fuse, range(3), tokens, text, multiple=ROWS if pieces == 1 else 1))
 
 
-def _are_fused(attend: Attend, *streams: Unturned) -> bool:
-    if not attend.fused:
-        return False
+def _fuse(attend: Attend, place: Place, *streams: Unturned) -> Fuse | None:
+    fuse = attend.fuse(place, *(stream.tokens for stream in streams))
+    if fuse is None:
+        return None
     from smartdiff_jax.kernels import fused_turn  # Pallas takes half a second to import
 
-    return all(fused_turn.serves(stream.num_heads, x) for stream in streams for x in stream.columns)
+    return fuse if all(fused_turn.serves(stream.num_heads, x) for stream in streams for x in stream.columns) else None
 
 
 def _is_ready(x: Columns) -> bool:
     return x.product.row_scale is None and x.size == x.product.values.shape[-1]
 
 
-def _by_kernel(*streams: Unturned, multiple: int = 1) -> tuple[Array, ...]:
+def _by_kernel(fuse: Fuse, picked: Sequence[int], *streams: Unturned, multiple: int = 1) -> tuple[Array, ...]:
+    """Of each of the picked arrays one, with the streams behind each other. What is sent between devices is made one by one, so
+    that it leaves as soon as it is there."""
+    if fuse.groups > 1 and len(picked) > 1:
+        return tuple(_by_kernel(fuse, [i], *streams, multiple=multiple)[0] for i in picked)
     from smartdiff_jax.kernels import fused_turn
 
     def scaled(norm: RMSNorm | None) -> tuple[Array, float] | None:
         return None if norm is None else (norm.scale[...], norm.eps)
 
-    told = [fused_turn.Stream(x.columns, tuple(map(scaled, x.norms)), x.rope) for x in streams]
-    return fused_turn.turn(told, streams[0].num_heads, multiple=multiple)
+    told = [
+        fused_turn.Stream(tuple(x.columns[i] for i in picked), tuple(scaled(x.norms[i]) for i in picked), x.rope)
+        for x in streams
+    ]
+    leaves, tree = jax.tree.flatten(told)
+    is_array = [isinstance(leaf, Array) for leaf in leaves]
+
+    def kernel(arrays: list[Array]) -> tuple[Array, ...]:
+        own = iter(arrays)
+        parts = jax.tree.unflatten(tree, [next(own) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)])
+        parts = jax.tree.map(_of_device, parts, is_leaf=lambda part: isinstance(part, Product))
+        return fused_turn.turn(parts, streams[0].num_heads, multiple=multiple, groups=fuse.groups)
+
+    return fuse.run(kernel, [leaf for leaf, array in zip(leaves, is_array, strict=True) if array])
+
+
+def _of_device(part: Any) -> Any:
+    """A product whose values are a device's part of what they were."""
+    if not isinstance(part, Product) or part.values.ndim == 2:
+        return part
+    return dataclasses.replace(part, lead=part.values.shape[:-1])
 
 
 def _by_xla(stream: Unturned, columns: Columns, norm: RMSNorm | None) -> Array:

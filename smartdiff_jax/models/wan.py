@@ -33,7 +33,7 @@ from smartdiff_jax.models.layers import (
     stack_blocks,
     timestep_embedding,
 )
-from smartdiff_jax.models.linear import MLP, Features, Linear
+from smartdiff_jax.models.linear import MLP, Features, Linear, products
 from smartdiff_jax.models.modules import module, scan_attending
 from smartdiff_jax.models.patches import Patches
 from smartdiff_jax.models.rope import axial_rope_table
@@ -134,7 +134,7 @@ class WanAttention(nnx.Module):
         self.k_norm = RMSNorm(dim, eps=config.eps, dtype=dtype)
 
     def self_attention(self, x: Features, attend: Attend, rope: Rope) -> Float[Array, "b s d"]:
-        q, k, v = (layer.product(x) for layer in (self.q, self.k, self.v))
+        q, k, v = products(x, self.q, self.k, self.v)
         with jax.named_scope("attention"):
             stream = Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
             out = attend.self_attention(QKV(*turned(attend, stream)))
@@ -146,8 +146,8 @@ class WanAttention(nnx.Module):
         taken = self.k.take(text)
         q, k, v = self.q.product(x), self.k.product(taken), self.v.product(taken)
         with jax.named_scope("attention"):
-            (q,) = turned(attend, Unturned.of(self.num_heads, None, (q, self.q_norm)))
-            k, v = turned(attend, Unturned.of(self.num_heads, None, (k, self.k_norm), (v, None)))
+            (q,) = turned(attend, Unturned.of(self.num_heads, None, (q, self.q_norm)), "split")
+            k, v = turned(attend, Unturned.of(self.num_heads, None, (k, self.k_norm), (v, None)), "whole")
             out = attend.cross_attention(q, k, v, text_length=text_length)
         return self.out(out.reshape(*out.shape[:2], -1))
 

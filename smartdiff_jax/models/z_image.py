@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import QKV, Attend
+from smartdiff_jax.kernels.base import QKV, Attend, Place
 from smartdiff_jax.kernels.fp8 import Columns, Part
 from smartdiff_jax.models.family import Architecture, Conditioning, KeyRule, Rope, linear
 from smartdiff_jax.models.layers import RMSNorm, layer_norm, pick_block, stack_blocks, swiglu, timestep_embedding
-from smartdiff_jax.models.linear import MLP, Linear
+from smartdiff_jax.models.linear import MLP, Linear, products
 from smartdiff_jax.models.modules import (
     Attention,
     Ropes,
@@ -252,7 +252,7 @@ class ZImageBlock(nnx.Module):
 
     def _qkv(self, x: Float[Array, "b n d"], rope: Rope | None) -> Unturned:
         taken = self.q.take(x)
-        q, k, v = (layer.product(taken) for layer in (self.q, self.k, self.v))
+        q, k, v = products(taken, self.q, self.k, self.v)
         return Unturned.of(self.num_heads, rope, (q, self.q_norm), (k, self.k_norm), (v, None))
 
 
@@ -274,15 +274,15 @@ class ZImageRefiner(nnx.Module):
         filling, caption = text[:, :size], text[:, size:]
         cos, sin = context.text_rope
 
-        def ready(qkv: Callable[[], Sequence[Unturned]]) -> QKV:
-            return QKV(*turned(attend, qkv()[0]))
+        def ready(qkv: Callable[[], Sequence[Unturned]], place: Place) -> QKV:
+            return QKV(*turned(attend, qkv()[0], place))
 
         def of_tokens(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
-            return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(ready(qkv)))),)
+            return (module(attend, "self_attention", lambda: side_by_side(attend.self_attention(ready(qkv, "exchanged")))),)
 
         def of_caption(qkv: Callable[[], Sequence[Unturned]]) -> tuple[Array]:
             def attended() -> Array:
-                return side_by_side(attend.text_attention(ready(qkv), text_length=context.caption_length))
+                return side_by_side(attend.text_attention(ready(qkv, "whole"), text_length=context.caption_length))
 
             return (module(attend, "text_attention", attended),)
 

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from smartdiff_jax.errors import InvalidConfig
-from smartdiff_jax.kernels.base import QKV, AttentionFn
+from smartdiff_jax.kernels.base import QKV, AttentionFn, Fuse
 from smartdiff_jax.kernels.sparse import SparseKernel
 from smartdiff_jax.sharding.chunks import Chunks
 from smartdiff_jax.sharding.ring import KV, Part, merge, own_and_remote, own_chunk, ring_attention
@@ -76,7 +76,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LocalAttend:
-    """`Attend` where one device holds everything: the kernel itself. The fields are `MeshAttend`'s; fused: see `Attend`.
+    """`Attend` where one device holds everything: the kernel itself. The fields are `MeshAttend`'s.
 
     Joint attention puts the text behind the picture, so that padded text is the end of the keys.
     """
@@ -89,6 +89,9 @@ class LocalAttend:
 
     def pieces(self, picture, text):
         return 1 if self.num_tokens is None else None
+
+    def fuse(self, place, *lengths):
+        return Fuse(lambda kernel, arrays: kernel(arrays)) if self.fused else None
 
     def for_length(self, num_tokens: NumTokens) -> "LocalAttend":
         """As `MeshAttend.for_length`."""
@@ -138,6 +141,7 @@ class MeshAttend:
         where the text divides evenly; padded rows could not be cut off again without moving all others.
     batch: the axes that the batch is split over.
     num_tokens: how many tokens count (see `for_length`); None if all do.
+    fused: whether `fuse` has kernels to give: on GPUs.
     sparse: the kernel for what leaves keys out. sparsity: see `leaving_out`.
 
     Called within a shard_map over other axes than the sequence's (say "cfg"), it is one over the rest.
@@ -151,6 +155,7 @@ class MeshAttend:
     text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
     num_tokens: NumTokens | None = None
+    fused: bool = False
     sparse: SparseKernel | None = None
     sparsity: Array | None = None
 
@@ -158,9 +163,12 @@ class MeshAttend:
         pieces = _size(self.mesh, SEQUENCE)
         return None if picture % pieces or text % pieces or self.text == "replicated" else pieces
 
-    @property
-    def fused(self) -> bool:
-        return False
+    def fuse(self, place, *lengths):
+        pieces = _size(self.mesh, SEQUENCE)
+        # Wan's norms are over all heads, which a tensor axis splits. What is whole is short.
+        if not self.fused or place == "whole" or self.mesh.shape["tensor"] > 1 or any(length % pieces for length in lengths):
+            return None
+        return Fuse(self._run_kernel, self.mesh.shape["ulysses"] if place == "exchanged" else 1)
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":
         """This attention for token axes padded behind `num_tokens`, which may be traced.
@@ -340,6 +348,16 @@ class MeshAttend:
         )
         return merged.astype(dtype), remote
 
+    def _run_kernel(self, kernel: Callable[[list[Array]], tuple[Array, ...]], arrays: list[Array]) -> tuple[Array, ...]:
+        most = max(len(x) for x in arrays if x.ndim == 3)
+        batch = tuple(axis for axis in self.batch if axis not in _manual_axes())
+        self._check_divides(most, "outputs", batch)
+
+        def spec(x: Array) -> PartitionSpec:
+            return PartitionSpec(batch if len(x) == most else None, SEQUENCE) if x.ndim == 3 else PartitionSpec()
+
+        return self._shard_map(kernel, (list(map(spec, arrays)),), PartitionSpec(batch, SEQUENCE))(arrays)
+
     def _specs(self, x: Array) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
         """Where arrays [b, s, h, d] lie, split along s and whole along it, and arrays [b]."""
         batch = tuple(axis for axis in self.batch if axis not in _manual_axes())
@@ -396,9 +414,10 @@ def wrap(
 
     Memoised: the same kernel and mesh give the same object, which is what keeps an executable from being compiled twice.
     """
+    fused = jax.default_backend() == "gpu"
     if mesh.size == 1:
-        return LocalAttend(kernel, fused=jax.default_backend() == "gpu", sparse=sparse)
-    return MeshAttend(kernel, mesh, ring, text, batch, sparse=sparse)
+        return LocalAttend(kernel, fused=fused, sparse=sparse)
+    return MeshAttend(kernel, mesh, ring, text, batch, fused=fused, sparse=sparse)
 
 
 def _no_ring(size: int) -> InvalidConfig:

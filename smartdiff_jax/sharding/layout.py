@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from smartdiff_jax.sharding.context_parallel import SEQUENCE, padded_length
+from smartdiff_jax.sharding.context_parallel import SEQUENCE
+from smartdiff_jax.sharding.workload import tokens_per_device
 
 T = TypeVar("T")
 
@@ -45,8 +46,9 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec("data", SEQUENCE))
 
     def padding(self, num_tokens: int) -> int:
-        """How many tokens are added so that all devices have as many."""
-        return padded_length(num_tokens, self.mesh) - num_tokens
+        """How many tokens are added, to be split (workload.tokens_per_device)."""
+        ring, ulysses = (self.mesh.shape[axis] for axis in SEQUENCE)
+        return ring * ulysses * tokens_per_device(num_tokens, ring, ulysses) - num_tokens
 
     def pad_tokens(self, tokens: Float[Array, "b s p"]) -> Float[Array, "b t p"]:
         return jnp.pad(tokens, ((0, 0), (0, self.padding(tokens.shape[1])), (0, 0)))

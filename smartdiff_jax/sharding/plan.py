@@ -19,7 +19,7 @@ from smartdiff_jax.sharding import traffic
 from smartdiff_jax.sharding.context_parallel import check_heads
 from smartdiff_jax.sharding.layout import split_picture
 from smartdiff_jax.sharding.rates import HOPPER, Rates
-from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers, num_shards
+from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers, num_shards, tokens_per_device
 
 GB = 10**9
 CARD_GB = 2**30
@@ -94,8 +94,7 @@ def plan_mesh(
     Raises InvalidConfig where the mesh is impossible.
     """
     check_mesh(mesh, work.model, work.num_heads, work.guided)
-    pieces = mesh.ring * mesh.ulysses
-    tokens = math.ceil(work.tokens / pieces)
+    tokens = tokens_per_device(work.tokens, mesh.ring, mesh.ulysses)
     evaluations = math.ceil(work.branches / mesh.cfg)
     sent = {name: evaluations * count for name, count in traffic.of_evaluation(work, mesh).items()}
     if mesh.cfg > 1:
@@ -109,7 +108,7 @@ def plan_mesh(
         mesh=mesh,
         tokens=work.tokens,
         tokens_per_device=tokens,
-        padding=tokens * pieces - work.tokens,
+        padding=tokens * mesh.ring * mesh.ulysses - work.tokens,
         heads_per_device=work.num_heads // (mesh.ulysses * mesh.tensor),
         weights={name: traffic.component_bytes(work, name, mesh) for name in work.parameters},
         reserved=rates.reserved + (rates.buffers if mesh.num_devices > 1 else 0),
@@ -128,7 +127,7 @@ def activation_bytes(work: Workload, mesh: MeshConfig, batch: int) -> int:
     messages, the result) and of the widest projection behind and before its activation, which is float32; of the latents six
     float32 copies (the carry, the sampler's memory, the velocities).
     """
-    tokens = math.ceil(work.tokens / (mesh.ring * mesh.ulysses))
+    tokens = tokens_per_device(work.tokens, mesh.ring, mesh.ulysses)
     row = 10 * work.width * work.itemsize + work.inner // mesh.tensor * (FLOAT32 + work.itemsize)
     return batch * (tokens + traffic.text_rows(work, mesh)) * row + 6 * FLOAT32 * tokens * work.features
 
@@ -167,8 +166,7 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     Of fsdp's gathers a share is hidden behind computing (Rates.shown), of attention's messages nothing: on two H100 a step of
     Wan2.1-1.3B with Ulysses is longer by all that its messages take.
     """
-    pieces = mesh.ring * mesh.ulysses
-    tokens = math.ceil(work.tokens / pieces)
+    tokens = tokens_per_device(work.tokens, mesh.ring, mesh.ulysses)
     attention = attention_flop(work, mesh) / rates.attention
     share = _split_share(work, mesh)
     text = traffic.text_rows(work, mesh)

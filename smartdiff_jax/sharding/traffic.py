@@ -1,7 +1,7 @@
 """Bytes that one device sends, along each axis of a mesh.
 
 P = ring * ulysses   R, U, T   the axes' sizes      H, D   heads and their features     a   bytes of an activation
-n = ceil(tokens / P) + ceil(text / P), rows of one device's piece of an attention; text as far as it takes part
+n = tokens of a device + ceil(text / P), rows of its piece of an attention; text as far as it takes part
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from jax.sharding import PartitionSpec
 
 from smartdiff_jax.config.system import MeshConfig
-from smartdiff_jax.sharding.workload import Attention, Parameter, Placement, Workload, mesh_of_numbers
+from smartdiff_jax.sharding.workload import Attention, Parameter, Placement, Workload, mesh_of_numbers, tokens_per_device
 
 VELOCITY_ITEMSIZE = 4  # the loop is float32 whatever the model is
 
@@ -63,7 +63,7 @@ def tensor(work: Workload, mesh: MeshConfig) -> int:
 def rows_of(work: Workload, mesh: MeshConfig, leaf: Parameter) -> int:
     """Rows that a block's kernel works on: of the text, of the picture, or of both where the streams share it."""
     names = leaf.path.split(".")
-    tokens = math.ceil(work.tokens / (mesh.ring * mesh.ulysses))
+    tokens = tokens_per_device(work.tokens, mesh.ring, mesh.ulysses)
     return text_rows(work, mesh) * ("image" not in names) + tokens * ("text" not in names)
 
 
@@ -82,9 +82,8 @@ def fsdp(work: Workload, mesh: MeshConfig) -> int:
 
 
 def cfg(work: Workload, mesh: MeshConfig) -> int:
-    """Of a step: the velocity of a device's tokens, float32, to its partner: ceil(tokens / P) * features * 4."""
-    pieces = mesh.ring * mesh.ulysses
-    return (mesh.cfg - 1) * math.ceil(work.tokens / pieces) * work.features * VELOCITY_ITEMSIZE
+    """Of a step: the velocity of a device's tokens, float32, to its partner: tokens of a device * features * 4."""
+    return (mesh.cfg - 1) * tokens_per_device(work.tokens, mesh.ring, mesh.ulysses) * work.features * VELOCITY_ITEMSIZE
 
 
 def component_bytes(work: Workload, component: str, mesh: MeshConfig) -> int:
@@ -101,8 +100,7 @@ def bytes_on_device(leaves: Iterable[Parameter], component: str, placement: Plac
 
 def piece_rows(work: Workload, mesh: MeshConfig, calls: Attention) -> int:
     """n of the formulas."""
-    pieces = mesh.ring * mesh.ulysses
-    return math.ceil(work.tokens / pieces) + math.ceil(calls.text / pieces)
+    return tokens_per_device(work.tokens, mesh.ring, mesh.ulysses) + math.ceil(calls.text / (mesh.ring * mesh.ulysses))
 
 
 def attention_bytes(work: Workload, mesh: MeshConfig, calls: Attention) -> int:

@@ -10,12 +10,23 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from smartdiff_jax.config.system import MeshConfig
+from smartdiff_jax.kernels.hopper import ROWS
 from smartdiff_jax.sharding.mesh import AXES
 from smartdiff_jax.sharding.weights import ShardingFor
 
 AttentionKind = Literal["self", "joint", "cross", "text"]
 Placement = Callable[[str, Mesh, MeshConfig], ShardingFor]
 """(component, mesh, its configuration) -> where the component's parameters lie."""
+
+
+def tokens_per_device(tokens: int, ring: int, ulysses: int) -> int:
+    """Of a sequence over both axes, padding included: all have as many, and attention's kernels see a multiple of ROWS.
+
+    A kernel sees all of the sequence, but along a ring a part of it: a piece of each device along `ulysses`.
+    """
+    pieces = ring * ulysses
+    multiple = math.lcm(pieces, ROWS * ring) if pieces > 1 else 1
+    return math.ceil(tokens / multiple) * multiple // pieces
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,9 @@ COMPILER_OPTIONS = {
     "xla_disable_hlo_passes": "cublas-pad-for-gemms",
     # XLA would keep in float32, at twice the bytes, what a model rounds between its layers.
     "xla_allow_excess_precision": False,
+    # A message leaves when what it sends is there, others under way or not. XLA counts any kernel as enough to hide one.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
 }
 
 

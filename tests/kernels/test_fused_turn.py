@@ -1,5 +1,7 @@
 """Norm, turn and join in one pass: the kernel, interpreted, against XLA's way, for every family's norms and tables."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.kernels import fp8, fused_turn
+from smartdiff_jax.kernels.base import QKV
 from smartdiff_jax.kernels.fp8 import Columns, Part, Product
 from smartdiff_jax.kernels.xla import xla_attention
 from smartdiff_jax.models import modules
@@ -25,16 +28,16 @@ def interpreted(monkeypatch):
     """How many arrays each call of the kernel made."""
     made = []
 
-    def run(streams, num_heads, *, multiple):
+    def run(streams, num_heads, *, multiple, groups):
         made.append(len(streams[0].columns))
-        return fused_turn_turn(streams, num_heads, multiple=multiple, interpret=True)
+        return fused_turn_turn(streams, num_heads, multiple=multiple, groups=groups, interpret=True)
 
     fused_turn_turn = fused_turn.turn
     monkeypatch.setattr(fused_turn, "turn", run)
     return made
 
 
-def stream(seed, b, n, heads, head_dim, dtype, *, tables=1, over_all=False, kind="array"):
+def stream(seed, b, n, heads, head_dim, dtype, *, tables=1, over_all=False, kind="array", padding=3):
     """Queries, keys and values of an odd number of tokens, their norms, and as many rotary tables as are told."""
     rng, width = np.random.default_rng(seed), heads * head_dim
 
@@ -52,8 +55,10 @@ def stream(seed, b, n, heads, head_dim, dtype, *, tables=1, over_all=False, kind
         wide = Product(normal(b, n, 3 * width + 40).astype(dtype), lead=(b, n))
         arrays = [Columns(wide, 40 + at * width, width) for at in range(3)]
     else:
-        rows = fp8.join_rows([Part.of(normal(b * n + 3, 64))])  # padded, as a kernel makes them
-        rows = fp8.Rows(rows.values, rows.scale, (b, n))
+        rows = fp8.join_rows([Part.of(normal(b, n, 64))])
+        if padding:  # as a kernel makes them
+            rows = fp8.join_rows([Part.of(normal(b * n + padding, 64))])
+            rows = fp8.Rows(rows.values, rows.scale, (b, n))
         arrays = [fp8.multiply(rows, *fp8.quantize_kernel(normal(64, width)), normal(width), dtype) for _ in range(3)]
     angles = 6 * normal(tables, n, head_dim // 2)
     rope = (jnp.cos(angles), jnp.sin(angles)) if tables else None
@@ -124,18 +129,59 @@ def test_what_is_left_to_xla(interpreted):
     assert not interpreted
 
 
-def test_one_gpu_alone_is_served(monkeypatch):
-    """No CPU, no mesh of several, and no training, whose attention is not wrapped for a mesh."""
+MESHES = [
+    dict(ulysses=2),
+    dict(ring=2, ulysses=2),
+    dict(ring=3),
+    dict(data=2, ulysses=2),
+    dict(cfg=2, ulysses=2),
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("kind", ["array", "columns", "product"])
+def test_a_mesh_turns_and_joins_what_each_device_has(interpreted, sizes, kind):
+    """Self-attention, and picture and text together, as one device does it with XLA's turn; each kernel is one device's."""
+    mesh = make_mesh(MeshConfig(**sizes))
+    of_mesh = dataclasses.replace(wrap(xla_attention, mesh), fused=True)
+    pieces = sizes.get("ring", 1) * sizes.get("ulysses", 1)
+    # rows of 8 bits are not padded on meshes
+    told = dict(kind=kind, padding=0)
+    tokens = stream(1, 2, 4 * pieces, 6, 32, jnp.float32, **told)
+    text = stream(2, 2, pieces, 6, 32, jnp.float32, tables=2, **told)
+
+    def attended(attend):
+        out = attend.self_attention(QKV(*turned(attend, tokens)))
+        (q,) = turned(attend, dataclasses.replace(tokens, columns=tokens.columns[:1], norms=tokens.norms[:1]), "split")
+        k, v = turned(attend, text, "whole")[1:]
+        joint = modules.joint_attention(attend, lambda: (tokens, text), None)
+        return out, attend.cross_attention(q, k, v), *joint
+
+    for out, wanted in zip(jax.jit(lambda: attended(of_mesh))(), attended(plain), strict=True):
+        np.testing.assert_allclose(out, wanted, atol=2e-6 * np.abs(wanted).max())
+    assert of_mesh.pieces(tokens.tokens, text.tokens) == pieces and len(interpreted) > 0
+
+
+def test_what_a_mesh_leaves_to_xla(interpreted):
+    x = stream(3, 1, 6, 4, 32, jnp.float32)
+    for sizes, place in [(dict(tensor=2), "exchanged"), (dict(ulysses=4), "exchanged"), (dict(ulysses=2), "whole")]:
+        attend = dataclasses.replace(wrap(xla_attention, make_mesh(MeshConfig(**sizes))), fused=True)
+        assert_alike(turned(attend, x, place), turned(plain, x), jnp.float32)
+    assert not interpreted
+
+
+def test_gpus_alone_are_served(monkeypatch):
+    """No CPU, and no training, whose attention is not wrapped for a mesh."""
 
     def kernel(*_, **__):
         raise AssertionError
 
     one, two = (make_mesh(MeshConfig(ring=ring)) for ring in (1, 2))
-    assert not wrap(kernel, one).fused and not attend_with("xla").fused
+    assert not wrap(kernel, one).fused and not wrap(kernel, two).fused and not attend_with("xla").fused
     wrap.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert wrap(kernel, one).fused and not wrap(kernel, two).fused and not attend_with("xla").fused
-    assert modules.HeldModules(wrap(kernel, one), lambda name, held, compute: compute(), ()).fused
+    assert wrap(kernel, one).fused and wrap(kernel, two).fused and not attend_with("xla").fused
+    assert modules.HeldModules(wrap(kernel, one), lambda name, held, compute: compute(), ()).fuse("exchanged", 4)
     wrap.cache_clear()
 
 
