@@ -40,14 +40,14 @@ from smartdiff_jax.kernels.base import QKV  # noqa: E402
 from smartdiff_jax.models.family import Conditioning  # noqa: E402
 from smartdiff_jax.samplers import SAMPLERS  # noqa: E402
 from smartdiff_jax.samplers.base import MAX_STEPS  # noqa: E402
-from smartdiff_jax.sharding.context_parallel import SEQUENCE, factorise, padded_length, wrap  # noqa: E402
+from smartdiff_jax.sharding.context_parallel import SEQUENCE, factorise, padded_length, ring_mode, wrap  # noqa: E402
 from smartdiff_jax.sharding.layout import Layout  # noqa: E402
 from smartdiff_jax.sharding.mesh import make_mesh  # noqa: E402
 from smartdiff_jax.sharding.plan import plan_mesh  # noqa: E402
 from smartdiff_jax.sharding.ulysses import split_heads, split_sequence  # noqa: E402
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E402
 from smartdiff_jax.stages.decode import Decode  # noqa: E402
-from smartdiff_jax.stages.denoise import DenoiseLoop  # noqa: E402
+from smartdiff_jax.stages.denoise import CHUNK_SECONDS, MAX_CHUNK, DenoiseLoop  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for  # noqa: E402
 from smartdiff_jax.weights.apart import apart  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
@@ -99,22 +99,27 @@ class WithoutAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A mesh to measure. ring: how keys and values get along the ring axis (MeshAttend)."""
+    """A mesh to measure. ring: how keys and values get along the ring axis (MeshAttend), if not as is usual."""
 
     name: str
     mesh: MeshConfig
-    ring: Any = "permute"
+    ring: Any = None
+
+    @property
+    def gathers(self) -> bool:
+        return self.mesh.ring > 1 and ring_mode(self.mesh.ring, self.ring) == "gather"
 
 
 def cases(devices: int, heads: int, guided: bool) -> list[Case]:
     """On all devices, least memory first, then one device."""
     ring, ulysses = factorise(devices, heads)[0]
+    other = "permute" if ring_mode(devices) == "gather" else "gather"
     most = f"ulysses={ulysses}" if ring == 1 else f"ring={ring} ulysses={ulysses}"
     found = [
         Case(f"{most} fsdp", MeshConfig(ring=ring, ulysses=ulysses, fsdp=True)),
         Case(most, MeshConfig(ring=ring, ulysses=ulysses)),
         Case(f"ring={devices}", MeshConfig(ring=devices)),
-        Case(f"ring={devices} gather", MeshConfig(ring=devices), "gather"),
+        Case(f"ring={devices} {other}", MeshConfig(ring=devices), other),
     ]
     if guided and devices % 2 == 0:
         ring, ulysses = factorise(devices // 2, heads)[0]
@@ -139,7 +144,8 @@ class Bench:
         self.pixels: list[np.ndarray] = []
 
     def step(self, case: Case, attend: Any = None, trace: bool = False) -> dict[str, Any]:
-        """Seconds of one denoising step, all branches of guidance, with the sampler. peak_before_gb: of making the weights."""
+        """Seconds of one denoising step, all branches of guidance, with the sampler, in chunks as long as the service's.
+        peak_before_gb: of making the weights."""
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
@@ -160,27 +166,33 @@ class Bench:
         start, run = loop.functions(weights, tokens, branches, policy, sampler)
         carry = start(weights, tokens, branches, policy, sampler)
 
-        def one_step(index, carry):
-            bounds = np.int32(index), np.int32(index + 1), np.int32(0)
-            return jax.block_until_ready(run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens))
+        def steps(count, carry):
+            began = time.perf_counter()
+            bounds = np.int32(0), np.int32(count), np.int32(0)
+            carry = run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens)
+            jax.block_until_ready(carry)
+            return (time.perf_counter() - began) / count, carry
 
         before, known = peak_gb(mesh), set(map(id, mesh.devices.flat[0].client.live_executables()))
+        first, carry = steps(1, carry)
+        second, carry = steps(1, carry)
+        chunk = min(max(1, int(CHUNK_SECONDS / second)), MAX_CHUNK)
         seconds = []
-        for index in range(1 + self.repeats):
-            began = time.perf_counter()
-            carry = one_step(index, carry)
-            seconds.append(time.perf_counter() - began)
+        for _ in range(self.repeats):
+            of_one, carry = steps(chunk, carry)
+            seconds.append(of_one)
         traced = {}
         if trace and self.profile:
             folder = self.profile / case.name.replace("=", "").replace(" ", "-")
             with jax.profiler.trace(str(folder), profiler_options=options()):
-                carry = one_step(1 + self.repeats, carry)
+                _, carry = steps(1, carry)
             traced = {"kernels_ms": by_kind(kernels_of(folder))}
         return {
-            "compile_and_first_s": seconds[0],
-            "median": float(np.median(seconds[1:])),
-            "min": min(seconds[1:]),
-            "max": max(seconds[1:]),
+            "compile_and_first_s": first,
+            "chunk": chunk,
+            "median": float(np.median(seconds)),
+            "min": min(seconds),
+            "max": max(seconds),
             "peak_gb": peak_gb(mesh),
             "peak_before_gb": before,
             "program_gb": program_gb(mesh, known),
@@ -210,9 +222,9 @@ class Bench:
         attend = wrap(ATTENTION[self.attention], mesh, ring=case.ring)
         kernel = ATTENTION[self.attention]
         heads, queries = calls.heads // case.mesh.ulysses, length // case.mesh.ring
-        keys = length if case.ring == "gather" else queries
+        keys = length if case.gathers else queries
         q, k, v = (self.normal(1, rows, heads, calls.head_dim) for rows in (queries, keys, keys))
-        turns = 1 if case.ring == "gather" else case.mesh.ring
+        turns = 1 if case.gathers else case.mesh.ring
         placed = jax.NamedSharding(mesh, PartitionSpec(None, SEQUENCE))
         whole = [jax.device_put(self.normal(1, length, calls.heads, calls.head_dim), placed) for _ in range(3)]
         return {
@@ -287,7 +299,7 @@ def messages(mesh: Mesh, case: Case) -> Any:
     def local(q, k, v):
         def along_ring(stream):
             out, *kv = stream
-            if ring > 1 and case.ring == "gather":
+            if case.gathers:
                 kv = [lax.all_gather(x, "ring", axis=1, tiled=True)[:, : out.shape[1]] for x in kv]
             else:
                 for _ in range(ring - 1):

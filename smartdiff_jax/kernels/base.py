@@ -46,11 +46,13 @@ class Fuse:
     """How kernels that know one GPU alone, and have no gradient, make what is attended to (models/turn.py).
 
     run: (kernel, arrays) -> what it gives [b, n, ...], on each device of its part: arrays [b or 1, n, _] are split as the
-    stream is, arrays [_] are whole. groups: how the heads are to lie, see fused_turn.turn.
+    stream is, arrays [_] are whole. groups: how the heads are to lie, see fused_turn.turn. sent: other devices get what is
+    made, which then is made one by one, so that it leaves as soon as it is there.
     """
 
     run: Callable[[Callable[[list[Array]], tuple[Array, ...]], list[Array]], tuple[Array, ...]]
     groups: int = 1
+    sent: bool = False
 
 
 @runtime_checkable

@@ -81,9 +81,8 @@ def _is_ready(x: Columns) -> bool:
 
 
 def _by_kernel(fuse: Fuse, picked: Sequence[int], *streams: Unturned, multiple: int = 1) -> tuple[Array, ...]:
-    """Of each of the picked arrays one, with the streams behind each other. What is sent between devices is made one by one, so
-    that it leaves as soon as it is there."""
-    if fuse.groups > 1 and len(picked) > 1:
+    """Of each of the picked arrays one, with the streams behind each other."""
+    if fuse.sent and len(picked) > 1:
         return tuple(_by_kernel(fuse, [i], *streams, multiple=multiple)[0] for i in picked)
     from smartdiff_jax.kernels import fused_turn
 

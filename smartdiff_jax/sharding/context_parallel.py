@@ -45,6 +45,14 @@ TextMode = Literal["replicated", "split"]
 NumTokens = int | Int[Array, ""]
 
 
+def ring_mode(ring: int, told: RingMode | None = None) -> RingMode:
+    """How keys and values get along a ring of so many devices.
+
+    Between two a gather sends what a permute does, while queries are projected; then there is one kernel and nothing to merge.
+    """
+    return told or ("gather" if ring <= 2 else "permute")
+
+
 def padded_length(length: int, mesh: Mesh) -> int:
     """The least length from `length` on that splits evenly over the sequence axes of `mesh`."""
     pieces = _size(mesh, SEQUENCE)
@@ -135,7 +143,7 @@ class MeshAttend:
     """`Attend` on a mesh of several devices. What comes out lies as the queries do, joint attention's text as `text` says.
 
     ring: how keys and values get along the ring axis. "permute" hides transport behind attention and needs the kernel's
-        log-sum-exp; "gather" brings them all at once to one call of the kernel, for kernels without one.
+        log-sum-exp; "gather" brings them all at once to one call of the kernel. None: as `ring_mode` says.
     text: "split" leaves the text's part of joint attention as the tokens are, and with it all work on the text stream
         is divided: the partitioner follows the placement. "replicated" hands it whole to every device. None: "split"
         where the text divides evenly; padded rows could not be cut off again without moving all others.
@@ -151,7 +159,7 @@ class MeshAttend:
 
     kernel: AttentionFn
     mesh: Mesh
-    ring: RingMode = "permute"
+    ring: RingMode | None = None
     text: TextMode | None = None
     batch: tuple[str, ...] = ("data",)
     num_tokens: NumTokens | None = None
@@ -168,7 +176,9 @@ class MeshAttend:
         # Wan's norms are over all heads, which a tensor axis splits. What is whole is short.
         if not self.fused or place == "whole" or self.mesh.shape["tensor"] > 1 or any(length % pieces for length in lengths):
             return None
-        return Fuse(self._run_kernel, self.mesh.shape["ulysses"] if place == "exchanged" else 1)
+        if place == "split":
+            return Fuse(self._run_kernel)
+        return Fuse(self._run_kernel, groups=self.mesh.shape["ulysses"], sent=pieces > 1)
 
     def for_length(self, num_tokens: NumTokens) -> "MeshAttend":
         """This attention for token axes padded behind `num_tokens`, which may be traced.
@@ -192,7 +202,7 @@ class MeshAttend:
 
     def remote_shapes(self, tokens: QKV, text: QKV | None) -> "Remote":
         """Of what `attention_with_remote` holds. Raises InvalidConfig on a mesh that nothing goes round on."""
-        if self.mesh.shape["ring"] == 1 or self.ring != "permute":
+        if self.mesh.shape["ring"] == 1 or self.ring == "gather":
             raise _no_ring(self.mesh.shape["ring"])
         batch, _, heads, width = tokens.q.shape
         lengths = [padded_length(stream.q.shape[1], self.mesh) for stream in (tokens, text) if stream is not None]
@@ -306,11 +316,12 @@ class MeshAttend:
     def _attend(self, whole: QKV, chunks: Chunks, sparsity: Array | None) -> Array:
         """Attention of what Ulysses has put together to all that lies along the ring."""
         q, k, v = whole
-        if self.mesh.shape["ring"] > 1 and self.ring == "permute":
+        ring = self.mesh.shape["ring"]
+        if ring_mode(ring, self.ring) == "permute":
             return ring_attention(self.kernel, q, self._arranged(k, v, chunks), "ring", chunks)
-        if self.mesh.shape["ring"] > 1:
+        if ring > 1:
             k, v = (lax.all_gather(x, "ring", axis=1, tiled=True) for x in (k, v))
-            chunks = dataclasses.replace(chunks, blocks=self.mesh.shape["ring"] * chunks.blocks)
+            chunks = dataclasses.replace(chunks, blocks=ring * chunks.blocks)
         return attend_to_whole(self.kernel, q, k, v, chunks, self.sparse, sparsity)
 
     def _arranged(self, k: Array, v: Array, chunks: Chunks) -> KV:
@@ -402,7 +413,7 @@ def wrap(
     kernel: AttentionFn,
     mesh: Mesh,
     *,
-    ring: RingMode = "permute",
+    ring: RingMode | None = None,
     text: TextMode | None = None,
     batch: tuple[str, ...] = ("data",),
     sparse: SparseKernel | None = None,
