@@ -15,6 +15,8 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +28,7 @@ import numpy as np  # noqa: E402
 from jax import Array  # noqa: E402
 
 from benchmarks.measure import child, stamp, time_calls, write  # noqa: E402
-from benchmarks.recorded import PROMPTS, record  # noqa: E402
+from benchmarks.recorded import PROMPTS, QKV, record  # noqa: E402
 from benchmarks.workloads import ATTENTION_SHAPES, TINY_SHAPES, AttentionShape  # noqa: E402
 from smartdiff_jax.errors import Unsupported  # noqa: E402
 from smartdiff_jax.kernels import ATTENTION, SPARSE  # noqa: E402
@@ -36,6 +38,9 @@ from smartdiff_jax.kernels.sparse import Blocks, choose_blocks  # noqa: E402
 PEER = ROOT / "benchmarks" / "peers" / "fa3_attention.py"
 CHECKED_QUERIES, CHECKED_HEADS = 256, 2
 """Of the result, what is held against float64: the first and the last queries of some heads."""
+
+AT_ONCE = 8
+"""Cases that are checked side by side."""
 
 LENGTHS = (1, 63, 64, 65, 4_095, 9_450, 32_760)
 EIGHT_BITS = ("pallas_sage",)
@@ -69,11 +74,16 @@ def exact(q: Array, k: Array, v: Array, lengths: Array, blocks: Blocks | None = 
     """Of CHECKED queries and heads: out and lse in float64."""
     listed = True if blocks is None else _listed(blocks, q.shape[1], k.shape[1])
     with jax.enable_x64(True):
-        q, k, v = (x[:, :, :CHECKED_HEADS].astype(jnp.float64) for x in (_ends(q), k, v))
-        logits = jnp.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
-        logits = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None] & listed, logits, -jnp.inf)
-        out = jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v)
-        return np.asarray(out), np.asarray(jax.nn.logsumexp(logits, axis=-1))
+        out, lse = _exact(_ends(q), k, v, lengths, listed)
+        return np.asarray(out), np.asarray(lse)
+
+
+@jax.jit
+def _exact(q: Array, k: Array, v: Array, lengths: Array, listed: Array | bool) -> tuple[Array, Array]:
+    q, k, v = (x[:, :, :CHECKED_HEADS].astype(jnp.float64) for x in (q, k, v))
+    logits = jnp.einsum("bshd,bthd->bhst", q, k) / np.sqrt(q.shape[-1])
+    logits = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[:, None, None] & listed, logits, -jnp.inf)
+    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v), jax.nn.logsumexp(logits, axis=-1)
 
 
 def _ends(x: Array) -> Array:
@@ -168,20 +178,39 @@ def _sparse(name: str) -> tuple[Callable[..., Blocks], Callable[..., tuple[Array
 
 def check(names: Sequence[str], lengths: Sequence[int], heads: int = 3, recorded: bool = True) -> Iterator[list[dict]]:
     """Every kernel on fresh numbers, at odd lengths, in batches of one and two with ragged keys, with outliers in the keys; and
-    on recorded ones. Rows case by case."""
+    on recorded ones. Rows case by case, some cases at once: compiling takes most of the time."""
+
+    names = list(kernels(names))  # before cases are recorded, by a kernel of their own
+
+    def rows(case: Callable[[], tuple[dict, tuple[Array, Array, Array, Array]]]) -> list[dict]:
+        where, operands = case()
+        return [row | where for row in _check_one(names, *operands)]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield from pool.map(rows, _cases(lengths, heads, recorded))
+
+
+def _cases(
+    lengths: Sequence[int], heads: int, recorded: bool
+) -> Iterator[Callable[[], tuple[dict, tuple[Array, Array, Array, Array]]]]:
+    """Of each what tells it apart; queries, keys, values and how many keys count."""
+
+    def drawn(queries: int, keys: int, batch: int, head_dim: int, seed: int, outliers: float):
+        q, k, v = draw(AttentionShape("check", queries, keys, heads, head_dim, batch), seed, outliers)
+        ragged = jnp.array([keys, max(keys - 37, 1)][:batch], jnp.int32)
+        where = {"queries": queries, "keys": keys, "batch": batch, "head_dim": head_dim, "outliers": outliers}
+        return where, (q, k, v, ragged)
+
+    def taken(model: str, case: int, qkv: QKV):
+        q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
+        return {"recorded": model, "case": case}, (q, k, v, jnp.array([k.shape[1]], jnp.int32))
+
     for seed, queries in enumerate(lengths):
         for batch, head_dim, outliers in ((1, 128, 0.0), (2, 64, 0.0), (1, 128, 20.0)):
-            keys = lengths[(seed + batch) % len(lengths)]
-            shape = AttentionShape("check", queries, keys, heads, head_dim, batch)
-            q, k, v = draw(shape, seed, outliers)
-            ragged = jnp.array([keys, max(keys - 37, 1)][:batch], jnp.int32)
-            where = {"queries": queries, "keys": keys, "batch": batch, "head_dim": head_dim, "outliers": outliers}
-            yield [row | where for row in _check_one(names, q, k, v, ragged)]
+            yield partial(drawn, queries, lengths[(seed + batch) % len(lengths)], batch, head_dim, seed, outliers)
     for model in PROMPTS if recorded else ():
         for case, qkv in enumerate(record(model)[::RECORDED]):
-            q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
-            found = _check_one(names, q, k, v, jnp.array([k.shape[1]], jnp.int32))
-            yield [row | {"recorded": model, "case": case} for row in found]
+            yield partial(taken, model, case, qkv)
 
 
 def _check_one(names: Sequence[str], q: Array, k: Array, v: Array, lengths: Array) -> list[dict]:
