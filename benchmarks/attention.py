@@ -13,11 +13,14 @@ table and writes benchmarks/results/attention-<device>.json.
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,7 +31,7 @@ import numpy as np  # noqa: E402
 from jax import Array  # noqa: E402
 
 from benchmarks.measure import child, stamp, time_calls, write  # noqa: E402
-from benchmarks.recorded import PROMPTS, QKV, record  # noqa: E402
+from benchmarks.recorded import PROMPTS, record  # noqa: E402
 from benchmarks.workloads import ATTENTION_SHAPES, TINY_SHAPES, AttentionShape  # noqa: E402
 from smartdiff_jax.errors import Unsupported  # noqa: E402
 from smartdiff_jax.kernels import ATTENTION, SPARSE  # noqa: E402
@@ -39,8 +42,8 @@ PEER = ROOT / "benchmarks" / "peers" / "fa3_attention.py"
 CHECKED_QUERIES, CHECKED_HEADS = 256, 2
 """Of the result, what is held against float64: the first and the last queries of some heads."""
 
-AT_ONCE = 8
-"""Cases that are checked side by side."""
+SHARES = 4
+"""Of the cases of a check, each in a process of its own."""
 
 LENGTHS = (1, 63, 64, 65, 4_095, 9_450, 32_760)
 EIGHT_BITS = ("pallas_sage",)
@@ -176,41 +179,44 @@ def _sparse(name: str) -> tuple[Callable[..., Blocks], Callable[..., tuple[Array
     return choose, attend
 
 
-def check(names: Sequence[str], lengths: Sequence[int], heads: int = 3, recorded: bool = True) -> Iterator[list[dict]]:
-    """Every kernel on fresh numbers, at odd lengths, in batches of one and two with ragged keys, with outliers in the keys; and
-    on recorded ones. Rows case by case, some cases at once: compiling takes most of the time."""
-
-    names = list(kernels(names))  # before cases are recorded, by a kernel of their own
-
-    def rows(case: Callable[[], tuple[dict, tuple[Array, Array, Array, Array]]]) -> list[dict]:
-        where, operands = case()
-        return [row | where for row in _check_one(names, *operands)]
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield from pool.map(rows, _cases(lengths, heads, recorded))
+def check(
+    names: Sequence[str], lengths: Sequence[int], heads: int = 3, *, recorded: bool = True, share: int | None = None
+) -> list[dict]:
+    """Every kernel on every case, or on one of the SHARES of them."""
+    cases = islice(_cases(lengths, heads, recorded), share, None, 1 if share is None else SHARES)
+    return [row | where for where, operands in cases for row in _check_one(names, *operands)]
 
 
-def _cases(
-    lengths: Sequence[int], heads: int, recorded: bool
-) -> Iterator[Callable[[], tuple[dict, tuple[Array, Array, Array, Array]]]]:
-    """Of each what tells it apart; queries, keys, values and how many keys count."""
+def check_at_once(names: Sequence[str]) -> list[dict]:
+    """The same rows from processes of their own, a kernel and a share of the cases each: compiling takes most of the time."""
+    command = [str(Path(__file__)), "--check", "--kernel"]
+    shares = [[*command, name, "--share", str(share)] for share in range(SHARES) for name in kernels(names)]
+    environment = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(shares):.3f}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
+    }
+    with mock.patch.dict(os.environ, environment), ThreadPoolExecutor(len(shares)) as pool:
+        found = list(pool.map(child, shares))
+    for share, rows in zip(shares, found, strict=True):
+        if "error" in rows:
+            raise SystemExit(f"{' '.join(share)}:\n{rows['error']}")
+    return [row for rows in found for row in rows["rows"]]
 
-    def drawn(queries: int, keys: int, batch: int, head_dim: int, seed: int, outliers: float):
-        q, k, v = draw(AttentionShape("check", queries, keys, heads, head_dim, batch), seed, outliers)
-        ragged = jnp.array([keys, max(keys - 37, 1)][:batch], jnp.int32)
-        where = {"queries": queries, "keys": keys, "batch": batch, "head_dim": head_dim, "outliers": outliers}
-        return where, (q, k, v, ragged)
 
-    def taken(model: str, case: int, qkv: QKV):
-        q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
-        return {"recorded": model, "case": case}, (q, k, v, jnp.array([k.shape[1]], jnp.int32))
-
+def _cases(lengths: Sequence[int], heads: int, recorded: bool) -> Iterator[tuple[dict, tuple[Array, Array, Array, Array]]]:
+    """What tells a case apart; queries, keys, values and how many keys count. Fresh numbers at odd lengths, in batches of one
+    and two with ragged keys, with outliers in the keys; and recorded ones."""
     for seed, queries in enumerate(lengths):
         for batch, head_dim, outliers in ((1, 128, 0.0), (2, 64, 0.0), (1, 128, 20.0)):
-            yield partial(drawn, queries, lengths[(seed + batch) % len(lengths)], batch, head_dim, seed, outliers)
+            keys = lengths[(seed + batch) % len(lengths)]
+            q, k, v = draw(AttentionShape("check", queries, keys, heads, head_dim, batch), seed, outliers)
+            ragged = jnp.array([keys, max(keys - 37, 1)][:batch], jnp.int32)
+            where = {"queries": queries, "keys": keys, "batch": batch, "head_dim": head_dim, "outliers": outliers}
+            yield where, (q, k, v, ragged)
     for model in PROMPTS if recorded else ():
         for case, qkv in enumerate(record(model)[::RECORDED]):
-            yield partial(taken, model, case, qkv)
+            q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
+            yield {"recorded": model, "case": case}, (q, k, v, jnp.array([k.shape[1]], jnp.int32))
 
 
 def _check_one(names: Sequence[str], q: Array, k: Array, v: Array, lengths: Array) -> list[dict]:
@@ -222,21 +228,22 @@ def _check_one(names: Sequence[str], q: Array, k: Array, v: Array, lengths: Arra
             poison = [jnp.full((64, 2**20), jnp.nan) for _ in range(2)]
             jax.block_until_ready(poison)
             del poison  # results are written over it: what is left unwritten shows
-            rows.append({"kernel": name, **errors(*run(q, k, v, lengths), true)})
+            found = run(q, k, v, lengths)
+            rows.append({"kernel": name, **errors(*found, true)})
             if name in SPARSE:
-                rows.append({"kernel": name, "sparsity": SPARSITY, **_check_lists(name, q, k, v, lengths)})
+                rows.append({"kernel": name, "sparsity": SPARSITY, **_check_lists(name, q, k, v, lengths, found)})
         except Unsupported as error:
             rows.append({"kernel": name, "unsupported": str(error)})
     return rows
 
 
-def _check_lists(name: str, q: Array, k: Array, v: Array, lengths: Array) -> dict:
+def _check_lists(name: str, q: Array, k: Array, v: Array, lengths: Array, dense: tuple[Array, Array | None]) -> dict:
     """Errors with a share of the keys left out; and whether lists of all blocks give what no lists give, to the bit."""
     kernel, size = SPARSE[name]
     choose = jax.jit(lambda q, k, share, n: choose_blocks(q, k, share, size, kv_length=n))
     run = jax.jit(lambda q, k, v, n, blocks: kernel(q, k, v, kv_length=n, with_lse=True, blocks=blocks))
     some, every = (choose(q, k, jnp.float32(share), lengths) for share in (SPARSITY, 0.0))
-    pairs = zip(run(q, k, v, lengths, every), run(q, k, v, lengths, None), strict=True)
+    pairs = zip(run(q, k, v, lengths, every), dense, strict=True)
     same = all(bool(jnp.all(with_lists == without)) for with_lists, without in pairs)
     return errors(*run(q, k, v, lengths, some), exact(q, k, v, lengths, some)) | {"same": same}
 
@@ -278,18 +285,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="append", default=[], choices=[*ATTENTION], help="of these alone")
     parser.add_argument("--check", action="store_true", help="errors at odd lengths in the place of speed")
+    parser.add_argument("--share", type=int, choices=range(SHARES), help="of a check, as JSON")
     parser.add_argument("--sparsity", type=float, help="0 to 1: with this share of the keys left out as well")
     parser.add_argument("--tiny", action="store_true", help="small shapes; nothing is written unless to --output")
     parser.add_argument("--output", type=Path, help="where the result goes instead")
     parser.add_argument("--commit", help="of a copy of the tree without its history")
     options = parser.parse_args(arguments)
     if options.check:
-        rows, broken, told = [], [], stamp(options.commit)
-        for found in check(options.kernel, LENGTHS[:3] if options.tiny else LENGTHS, recorded=not options.tiny):
-            rows += found
-            broken = _broken(rows)
-            if not options.tiny:  # a check that is cut off leaves what it has
-                write("attention-check", {"stamp": told, "rows": rows, "broken": broken})
+        if options.share is not None:
+            print(json.dumps({"rows": check(options.kernel, LENGTHS, share=options.share)}))
+            return
+        rows = check(options.kernel, LENGTHS[:3], recorded=False) if options.tiny else check_at_once(options.kernel)
+        broken = _broken(rows)
+        if not options.tiny:
+            write("attention-check", {"stamp": stamp(options.commit), "rows": rows, "broken": broken}, options.output)
         for name in sorted({row["kernel"] for row in rows}):
             served = [row for row in rows if row["kernel"] == name and "unsupported" not in row]
             worst = {key: max(row[key] for row in served) for key in ("relative", "l1", "lse")} if served else {}

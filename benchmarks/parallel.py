@@ -145,7 +145,7 @@ class Bench:
 
     def step(self, case: Case, attend: Any = None, trace: bool = False) -> dict[str, Any]:
         """Seconds of one denoising step, all branches of guidance, with the sampler, in chunks as long as the service's.
-        peak_before_gb: of making the weights."""
+        call_s: of a chunk of no steps. peak_before_gb: of making the weights."""
         model, mesh = self.model, make_mesh(case.mesh)
         layout = Layout(mesh)
         if attend is None:
@@ -171,16 +171,18 @@ class Bench:
             bounds = np.int32(0), np.int32(count), np.int32(0)
             carry = run(weights, carry, branches, schedule, scales, policy, sampler, *bounds, num_tokens)
             jax.block_until_ready(carry)
-            return (time.perf_counter() - began) / count, carry
+            return (time.perf_counter() - began) / max(count, 1), carry
 
         before, known = peak_gb(mesh), set(map(id, mesh.devices.flat[0].client.live_executables()))
         first, carry = steps(1, carry)
         second, carry = steps(1, carry)
         chunk = min(max(1, int(CHUNK_SECONDS / second)), MAX_CHUNK)
-        seconds = []
+        seconds, empty = [], []
         for _ in range(self.repeats):
             of_one, carry = steps(chunk, carry)
             seconds.append(of_one)
+            of_none, carry = steps(0, carry)
+            empty.append(of_none)
         traced = {}
         if trace and self.profile:
             folder = self.profile / case.name.replace("=", "").replace(" ", "-")
@@ -190,6 +192,7 @@ class Bench:
         return {
             "compile_and_first_s": first,
             "chunk": chunk,
+            "call_s": float(np.median(empty)),
             "median": float(np.median(seconds)),
             "min": min(seconds),
             "max": max(seconds),
