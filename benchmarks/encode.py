@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import child, stamp, time_call, write  # noqa: E402
+from benchmarks.measure import IN_A_ROW, child, stamp, time_calls, write  # noqa: E402
 from benchmarks.random_model import problem, prompt_of, random_model  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "transformers_encode.py"
@@ -53,7 +53,10 @@ def measure(task: dict[str, Any], repeats: int, commit: str | None) -> dict[str,
         began = time.perf_counter()
         states, _ = jax.block_until_ready(encode())
         found = {"stamp": stamp(commit), "dtype": model.dtype.name, "states": states.shape}
-        found |= {"compile_s": time.perf_counter() - began, "encode": {"seconds": time_call(encode, repeats=repeats)}}
+        found |= {
+            "compile_s": time.perf_counter() - began,
+            "encode": {"seconds": time_calls(encode, seconds=IN_A_ROW, repeats=repeats)},
+        }
         weights = jax.tree.leaves([weights for _, weights in model.text_encoders.values()])
         found["weights_gb"] = sum(leaf.nbytes for leaf in weights) / 1e9
         stats = jax.devices()[0].memory_stats() or {}

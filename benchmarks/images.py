@@ -4,7 +4,8 @@
     python benchmarks/images.py --models z-image   one of them
     python benchmarks/images.py --tiny             anywhere, to see that it runs
 
-FLUX.1-dev, FLUX.2-klein-4B and Z-Image at 1024x1024, Qwen-Image at 1328x1328, batch 1, no text encoder. Every model is measured
+FLUX.1-dev, FLUX.2-klein-4B and Z-Image at 1024x1024, Qwen-Image at 1328x1328, batch 1, no text encoder. Calls in a row are
+waited for together, ours and the peer's, as steps of a chunk are. Every model is measured
 in a process of its own, the peer's first, so that each has the device's memory to itself. Writes
 benchmarks/results/images-<device>.json after every model; models measured before on the same device are kept, each with its
 stamp.
@@ -20,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import child, result_file, stamp, time_call, write  # noqa: E402
+from benchmarks.measure import IN_A_ROW, child, result_file, stamp, time_calls, write  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peers" / "diffusers_images.py"
 MODELS = ("flux1-dev", "flux2-klein-4b", "qwen-image", "z-image")
@@ -201,7 +202,7 @@ class Bench:
         seconds_to_compile = time.perf_counter() - began
         memory = compiled.memory_analysis()
         return {
-            "seconds": time_call(compiled, *inputs, warmup=2, repeats=repeats),
+            "seconds": time_calls(compiled, *inputs, seconds=IN_A_ROW, repeats=repeats),
             "compile_s": seconds_to_compile,
             "arguments_gb": memory.argument_size_in_bytes / GB,
             "above_arguments_gb": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / GB,

@@ -19,6 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+IN_A_ROW = 0.5
+"""Seconds of calls that are waited for together where a peer's are: about a chunk of the service's steps."""
+
 LINE = 240
 """Characters of a line of a result file, unless one list of figures is longer."""
 

@@ -22,6 +22,9 @@ CLASSES = {
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
+IN_A_ROW = 0.5
+"""Seconds of calls that are waited for together, as `measure.IN_A_ROW` has them."""
+
 
 def build(kind: type[nn.Module], numbers: dict) -> nn.Module:
     """A model of random weights, every parameter cast as it is made: 20 billion in float32 would not fit."""
@@ -67,16 +70,19 @@ def inputs(task: dict) -> dict:
 
 
 def measured(call, repeats: int) -> dict:
-    """Median, least and most seconds of a call after two warm-up calls, and the peak of memory of all of them."""
-    for _ in range(2):
-        call()
-    times = []
-    for _ in range(repeats):
+    """Median, least and most seconds of a call, of as many in a row as half a second holds, and the peak of memory of all."""
+
+    def seconds(calls: int) -> float:
         synchronize()
         began = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         synchronize()
-        times.append(time.perf_counter() - began)
+        return (time.perf_counter() - began) / calls
+
+    seconds(2)
+    calls = max(1, round(IN_A_ROW / seconds(1)))
+    times = [seconds(calls) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
     return {"seconds": {"median": statistics.median(times), "min": min(times), "max": max(times)}, "peak_gb": peak}
 
