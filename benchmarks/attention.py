@@ -30,7 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import Array  # noqa: E402
 
-from benchmarks.measure import child, stamp, time_calls, write  # noqa: E402
+from benchmarks.measure import child, stamp, table, time_calls, write  # noqa: E402
 from benchmarks.recorded import PROMPTS, record  # noqa: E402
 from benchmarks.workloads import ATTENTION_SHAPES, TINY_SHAPES, AttentionShape  # noqa: E402
 from smartdiff_jax.errors import Unsupported  # noqa: E402
@@ -48,8 +48,9 @@ SHARES = 4
 LENGTHS = (1, 63, 64, 65, 4_095, 9_450, 32_760)
 EIGHT_BITS = ("pallas_sage",)
 LSE_BOUND = 1e-3
-LSE_BOUND_8 = 0.03
-"""With few keys the rounding of a single logit is seen: 0.02. With thousands 0.002."""
+LSE_BOUND_8, RECORDED_LSE_BOUND_8 = 0.03, 0.1
+"""With few keys the rounding of a single logit is seen: 0.02. With thousands 0.002. Logits of models are larger, and so is what
+127 steps lose of them: 0.065."""
 
 COSINE_BOUND, RECORDED_COSINE_BOUND = 0.999, 0.9995
 """Of 8-bit kernels, on random numbers, where weights and values both keep three bits of mantissa: 0.9993; on recorded ones."""
@@ -258,7 +259,7 @@ def _broken(rows: Sequence[dict]) -> list[str]:
         if "unsupported" in row or row["kernel"] == "xla":
             continue
         eight = row["kernel"] in EIGHT_BITS
-        right = row["lse"] <= (LSE_BOUND_8 if eight else LSE_BOUND)
+        right = row["lse"] <= ((RECORDED_LSE_BOUND_8 if "recorded" in row else LSE_BOUND_8) if eight else LSE_BOUND)
         least = RECORDED_COSINE_BOUND if "recorded" in row else COSINE_BOUND
         right &= row["cosine"] >= least if eight else row["relative"] <= 1.2 * best.get(at(row), 0.004)
         right &= row.get("same", True)
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = check(options.kernel, LENGTHS[:3], recorded=False) if options.tiny else check_at_once(options.kernel)
         broken = _broken(rows)
         if not options.tiny:
-            write("attention-check", {"stamp": stamp(options.commit), "rows": rows, "broken": broken}, options.output)
+            write("attention-check", {"stamp": stamp(options.commit), "rows": table(rows), "broken": broken}, options.output)
         for name in sorted({row["kernel"] for row in rows}):
             served = [row for row in rows if row["kernel"] == name and "unsupported" not in row]
             worst = {key: max(row[key] for row in served) for key in ("relative", "l1", "lse")} if served else {}

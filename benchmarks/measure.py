@@ -97,6 +97,12 @@ def write(name: str, results: dict, file: Path | None = None) -> Path:
     return path
 
 
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows whose names are told once: columns in the order they first come, None where a row has none."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows]}
+
+
 def laid_out(value: Any, indent: str = "") -> str:
     """JSON with one line for what fits into it, or holds nothing nested: rows one can read, in half the space."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()

@@ -11,14 +11,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import stamp, write  # noqa: E402
+from benchmarks.measure import stamp, table, write  # noqa: E402
 from smartdiff_jax.engine.pipeline import Pipeline  # noqa: E402
 from smartdiff_jax.training.data import atlas as atlas_file  # noqa: E402
 from smartdiff_jax.training.evaluate import Scorer, evaluate  # noqa: E402
@@ -77,12 +76,6 @@ def main() -> None:
         system = {name: getattr(pipe.system, name) for name in ("dtype", "attention", "precision")}
         tables = {name: table(part) if isinstance(part, list) else part for name, part in report.items()}
         print(write(f"quality-{recipe.name}", {"stamp": stamp(), "system": system, "params": resolved, **tables}))
-
-
-def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows whose names are told once: columns in the order they first come, None where a row has none."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows]}
 
 
 if __name__ == "__main__":

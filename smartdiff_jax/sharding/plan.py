@@ -16,7 +16,7 @@ from typing import Any
 from smartdiff_jax.config.system import MeshConfig
 from smartdiff_jax.errors import InvalidConfig
 from smartdiff_jax.sharding import traffic
-from smartdiff_jax.sharding.context_parallel import check_heads
+from smartdiff_jax.sharding.context_parallel import check_heads, ring_mode
 from smartdiff_jax.sharding.layout import split_picture
 from smartdiff_jax.sharding.rates import HOPPER, Rates
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers, num_shards, tokens_per_device
@@ -160,11 +160,11 @@ def evaluation_seconds(work: Workload, mesh: MeshConfig, rates: Rates) -> dict[s
     matmuls    FLOP of a device's tokens and text; what tensor does not split is not divided by it. Kernels for one
                row take the time of reading them
     rest       features * rows * blocks of norms, rotary turns and activations
-    messages   bytes / rate and a latency a call. Ulysses sends four arrays and copies each once, read and written; a ring
-               sends two a turn and merges two float32 results into one
+    messages   bytes / rate and a latency a call. Ulysses sends four arrays and copies two, read and written; a ring sends two
+               a turn, and where it is longer than two merges two float32 results into one
 
-    Of fsdp's gathers a share is hidden behind computing (Rates.shown), of attention's messages nothing: on two H100 a step of
-    Wan2.1-1.3B with Ulysses is longer by all that its messages take.
+    Of fsdp's gathers a share is hidden behind computing (Rates.shown). Of attention's messages half and more is hidden as well,
+    and counted all the same: kernels of half the size are slower by about as much.
     """
     tokens = tokens_per_device(work.tokens, mesh.ring, mesh.ulysses)
     attention = attention_flop(work, mesh) / rates.attention
@@ -209,8 +209,8 @@ def attention_flop(work: Workload, mesh: MeshConfig) -> float:
 def _copied_bytes(work: Workload, mesh: MeshConfig) -> int:
     """Read and written in device memory only because attention is split."""
     rows = sum(traffic.attention_bytes(work, mesh, calls) for calls in work.split_attention)
-    packed = 4 * 2 * (mesh.ulysses > 1)
-    merged = (mesh.ring - 1) * 3 * FLOAT32 // work.itemsize
+    packed = 2 * 2 * (mesh.ulysses > 1)
+    merged = (mesh.ring - 1) * 3 * FLOAT32 // work.itemsize if ring_mode(mesh.ring) == "permute" else 0
     return rows * (packed + merged)
 
 

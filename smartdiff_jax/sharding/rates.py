@@ -42,11 +42,11 @@ class Rates:
 
 
 HOPPER = Rates(
-    # Measured, H100, at the sizes of Wan2.1-1.3B, 832x480x81, and FLUX.1-dev, 1024x1024: pallas_flash 699 and 605; in steps of
-    # the two cuBLAS 754 and 710 to 780, and what both leave is 36e-12 and 25e-12.
-    attention=690e12,
-    matmul=750e12,
-    elementwise=34e-12,
+    # Measured, H200, in steps of Wan2.1-1.3B, 832x480x81, and FLUX.1-dev, 1024x1024: pallas_flash 672 and 596, cuBLAS 700 and
+    # 730, and what both leave is 14e-12 and 16e-12.
+    attention=670e12,
+    matmul=710e12,
+    elementwise=15e-12,
     memory=3.35e12,  # data sheet of the H100; an H200 has 4.8
     # Measured, two H100, link and latency together: all-to-alls in steps of Wan2.1-1.3B (50 MB, 243 microseconds) and FLUX.1
     # (14 MB, 105). Alone, from 8 to 64 MiB: 256 to 288. NVLink's data sheet says 450 each way.
