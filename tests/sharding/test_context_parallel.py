@@ -14,7 +14,7 @@ from smartdiff_jax.errors import InvalidConfig, Unsupported
 from smartdiff_jax.kernels.base import QKV, Attend
 from smartdiff_jax.kernels.sparse import BlockSize, SparseKernel, choose_blocks
 from smartdiff_jax.kernels.xla import xla_attention
-from smartdiff_jax.models.modules import join_pieces
+from smartdiff_jax.models.modules import join_pieces, split_pieces
 from smartdiff_jax.sharding.context_parallel import LocalAttend, MeshAttend, factorise, padded_length, wrap
 from smartdiff_jax.sharding.mesh import AXES
 from smartdiff_jax.sharding.ring import merge
@@ -165,26 +165,43 @@ def test_one_stream_in_pieces_attends_as_two_do(axes, num_tokens, length):
         attend = attend.for_length(num_tokens)
     length = None if length is None else jnp.array(length)
 
+    @compiled
+    def both(tokens, text):
+        return as_one_stream(attend, tokens, text, length), attend.joint_attention(tokens, text, text_length=length)
+
+    got, wanted = both(tokens, text)
+    counted = slice(num_tokens)
+    assert_close((got[0][:, counted], got[1]), (wanted[0][:, counted], wanted[1]))
+
+
+def as_one_stream(attend, tokens, text, length):
+    """Joint attention of 32 tokens and 8 of text, joined in pieces as the mesh has them."""
+    pieces = attend.pieces(32, 8)
+
     def joined(x, y):
         return join_pieces(x.reshape(2, 32, -1), y.reshape(2, 8, -1), pieces).reshape(2, 40, *x.shape[2:])
 
     stream = QKV(*map(joined, tokens, text))
     out = attend.text_attention(stream, text_length=None if length is None else 32 + length, picture=32)
-    out = out.reshape(2, pieces, 40 // pieces, *out.shape[2:])
-    wanted = attend.joint_attention(tokens, text, text_length=length)
-    got = [out[:, :, : 32 // pieces].reshape(wanted[0].shape), out[:, :, 32 // pieces :].reshape(wanted[1].shape)]
-    counted = slice(num_tokens)
-    assert_close((got[0][:, counted], got[1]), (wanted[0][:, counted], wanted[1]))
+    apart = split_pieces(out.reshape(2, 40, -1), 32, 8, pieces)
+    return tuple(x.reshape(*x.shape[:2], *out.shape[2:]) for x in apart)
 
 
-def test_one_stream_leaves_out_what_two_do():
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
+def test_one_stream_leaves_out_what_two_do(ulysses):
     tokens, text = streams(32, 8)
-    attend = wrap(xla_attention, mesh_of(), sparse=SPARSE).leaving_out(jnp.float32(0.6))
-    stream = QKV(*(jnp.concatenate(pair, axis=1) for pair in zip(tokens, text, strict=True)))
+    attend = wrap(xla_attention, mesh_of(ulysses=ulysses), sparse=SPARSE).leaving_out(jnp.float32(0.6))
+
+    @compiled
+    def both(tokens, text, length):
+        return as_one_stream(attend, tokens, text, length), attend.joint_attention(tokens, text, text_length=length)
+
     for length in (None, jnp.array([8, 3])):
-        out = attend.text_attention(stream, text_length=None if length is None else 32 + length, picture=32)
-        assert_close((out[:, :32], out[:, 32:]), attend.joint_attention(tokens, text, text_length=length))
+        assert_close(*both(tokens, text, length))
     assert_close(attend.text_attention(text), local.text_attention(text))
+    if ulysses > 1:
+        return
+    stream = QKV(*(jnp.concatenate(pair, axis=1) for pair in zip(tokens, text, strict=True)))
     blocks = choose_blocks(stream.q, stream.k, jnp.float32(0.6), SPARSE.size, text_keys=32, text_queries=32)
     assert_close(xla_attention(*stream, blocks=blocks)[0], attend.text_attention(stream, picture=32))
 
