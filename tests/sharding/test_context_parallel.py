@@ -226,6 +226,8 @@ SELF = [
     ({"ring": 2, "ulysses": 4}, "permute", {"all-to-all": 4, "collective-permute": 2}),
     ({"ring": 2, "ulysses": 2, "data": 2}, "gather", {"all-to-all": 4, "all-gather": 2}),
     ({"tensor": 2, "ring": 2}, "permute", {"collective-permute": 2}),
+    ({"ring": 2, "ulysses": 2}, None, {"all-to-all": 4, "all-gather": 2}),
+    ({"ring": 4}, None, {"collective-permute": 6}),
     ({"tensor": 2, "data": 2}, "permute", {}),
 ]
 
@@ -242,7 +244,7 @@ def test_self_attention_communicates_as_said(axes, ring, expected):
 
 def test_masks_communicate_nothing():
     mesh = mesh_of(ring=2, ulysses=2)
-    attend, same = wrap(xla_attention, mesh).for_length(13), local.for_length(13)
+    attend, same = wrap(xla_attention, mesh, ring="permute").for_length(13), local.for_length(13)
     tokens, text = streams(16, 8)
     operands = placed(mesh, tokens, None, SEQUENCE), placed(mesh, text), TEXT_LENGTH
 
@@ -257,7 +259,7 @@ def test_masks_communicate_nothing():
 def test_text_travels_with_the_tokens(text_mode):
     """Joint attention communicates as often as self-attention, but for handing out the text's part."""
     mesh = mesh_of(ring=2, ulysses=2)
-    attend = wrap(xla_attention, mesh, text=text_mode)
+    attend = wrap(xla_attention, mesh, ring="permute", text=text_mode)
     tokens, text = streams(16, 8)
     theirs = compiled(local.joint_attention)(tokens, text)
     split, whole = P(None, SEQUENCE), P()
@@ -281,7 +283,7 @@ def test_work_on_the_text_is_divided():
         return jax.lax.scan(block, text, length=3)[0]
 
     def run(tokens, text):
-        return blocks(wrap(xla_attention, mesh), tokens, text)
+        return blocks(wrap(xla_attention, mesh, ring="permute"), tokens, text)
 
     theirs = compiled(blocks, static_argnums=0)(local, tokens, text.q)
     operands = placed(mesh, tokens, None, SEQUENCE), placed(mesh, text.q)
@@ -415,8 +417,11 @@ def test_kernels_without_log_sum_exp():
     tokens, _ = streams(PRIME, TEXT)
     mesh = mesh_of(ring=2, ulysses=2)
     with pytest.raises(Unsupported, match="no log-sum-exp"):
-        jax.eval_shape(wrap(without_lse, mesh).self_attention, tokens)
-    jax.eval_shape(wrap(without_lse, mesh, ring="gather").self_attention, tokens)
+        jax.eval_shape(wrap(without_lse, mesh, ring="permute").self_attention, tokens)
+    with pytest.raises(Unsupported, match="no log-sum-exp"):
+        jax.eval_shape(wrap(without_lse, mesh_of(ring=3)).self_attention, tokens)
+    jax.eval_shape(wrap(without_lse, mesh_of(ring=3), ring="gather").self_attention, tokens)
+    jax.eval_shape(wrap(without_lse, mesh).self_attention, tokens)
     jax.eval_shape(wrap(without_lse, mesh_of(ulysses=4)).self_attention, tokens)
 
 
