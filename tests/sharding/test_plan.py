@@ -16,6 +16,7 @@ from smartdiff_jax.engine.planning import outline, workload
 from smartdiff_jax.errors import InvalidConfig, InvalidRequest
 from smartdiff_jax.kernels import ATTENTION
 from smartdiff_jax.kernels.base import QKV
+from smartdiff_jax.kernels.hopper import ROWS
 from smartdiff_jax.sharding import traffic
 from smartdiff_jax.sharding.context_parallel import wrap
 from smartdiff_jax.sharding.layout import Layout
@@ -23,7 +24,7 @@ from smartdiff_jax.sharding.mesh import make_mesh
 from smartdiff_jax.sharding.plan import CARD_GB, GB, activation_bytes, gathered_bytes, meshes, name_of, plan_mesh, propose
 from smartdiff_jax.sharding.rates import HOPPER
 from smartdiff_jax.sharding.weights import weight_sharding
-from smartdiff_jax.sharding.workload import Attention, Parameter, Workload
+from smartdiff_jax.sharding.workload import Attention, Parameter, Workload, tokens_per_device
 
 # Parameters as diffusers 0.42.1 and transformers 5.23 count them on the meta device.
 T5, CLIP, UMT5, QWEN3, QWEN25 = 4_762_310_656, 123_060_480, 5_680_910_336, 4_022_468_096, 7_070_619_136
@@ -272,6 +273,17 @@ def test_a_link_between_hosts_is_slow():
     assert (inside, outside) == (HOPPER.link, HOPPER.network)
     assert HOPPER.of_axis(MeshConfig(cfg=2, ring=4, ulysses=4), "ulysses") == HOPPER.link
     assert HOPPER.of_axis(MeshConfig(cfg=2, ring=2, ulysses=4), "cfg") == HOPPER.network
+
+
+@pytest.mark.parametrize("ring, ulysses", [(1, 1), (1, 2), (1, 3), (2, 1), (3, 1), (2, 4), (4, 3), (8, 2)])
+def test_tokens_of_a_device_are_the_fewest_that_suit_kernels(ring, ulysses):
+    for tokens in (*range(1, 100), 4096, 6889, 32_760):
+        each = tokens_per_device(tokens, ring, ulysses)
+        if ring * ulysses == 1:
+            assert each == tokens
+            continue
+        enough = [n for n in range(1, each + 1) if n * ring * ulysses >= tokens and n * ulysses % ROWS == 0]
+        assert enough == [each]  # what one kernel sees is a piece of each device along ulysses
 
 
 def test_heads_and_padding():
