@@ -188,20 +188,27 @@ def check(
     return [row | where for where, operands in cases for row in _check_one(names, *operands)]
 
 
-def check_at_once(names: Sequence[str]) -> list[dict]:
-    """The same rows from processes of their own, a kernel and a share of the cases each: compiling takes most of the time."""
-    command = [str(Path(__file__)), "--check", "--kernel"]
-    shares = [[*command, name, "--share", str(share)] for share in range(SHARES) for name in kernels(names)]
+def check_at_once(names: Sequence[str]) -> tuple[list[dict], list[str]]:
+    """The same rows from processes of their own, a kernel and a share of the cases each, and what ended in an error: compiling
+    takes most of the time."""
+    shares = [(name, share) for share in range(SHARES) for name in kernels(names)]
+    at_once = min(len(shares), os.cpu_count() or 1)
     environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / len(shares):.3f}",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
     }
-    with mock.patch.dict(os.environ, environment), ThreadPoolExecutor(len(shares)) as pool:
-        found = list(pool.map(child, shares))
-    for share, rows in zip(shares, found, strict=True):
-        if "error" in rows:
-            raise SystemExit(f"{' '.join(share)}:\n{rows['error']}")
-    return [row for rows in found for row in rows["rows"]]
+    with mock.patch.dict(os.environ, environment), ThreadPoolExecutor(at_once) as pool:
+        found = list(pool.map(_check_share, *zip(*shares, strict=True)))
+    failed = [
+        f"{name}, share {share}: {part['error'].strip().splitlines()[-1]}"
+        for (name, share), part in zip(shares, found, strict=True)
+        if "error" in part
+    ]
+    return [row for part in found for row in part.get("rows", ())], failed
+
+
+def _check_share(name: str, share: int) -> dict:
+    return child([str(Path(__file__)), "--check", "--kernel", name, "--share", str(share)])
 
 
 def _cases(lengths: Sequence[int], heads: int, recorded: bool) -> Iterator[tuple[dict, tuple[Array, Array, Array, Array]]]:
@@ -296,9 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.share is not None:
             print(json.dumps({"rows": check(options.kernel, LENGTHS, share=options.share)}))
             return
-        rows = check(options.kernel, LENGTHS[:3], recorded=False) if options.tiny else check_at_once(options.kernel)
-        broken = _broken(rows)
-        if not options.tiny:
+        tiny = options.tiny
+        rows, failed = (check(options.kernel, LENGTHS[:3], recorded=False), []) if tiny else check_at_once(options.kernel)
+        broken = _broken(rows) + failed
+        if not tiny:
             write("attention-check", {"stamp": stamp(options.commit), "rows": table(rows), "broken": broken}, options.output)
         for name in sorted({row["kernel"] for row in rows}):
             served = [row for row in rows if row["kernel"] == name and "unsupported" not in row]

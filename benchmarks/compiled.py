@@ -1,7 +1,7 @@
 """What a denoising step compiles to for H100s, on a machine without one: memory, kernels, and the bytes that they move.
 
     python benchmarks/compiled.py --model flux1-dev                          needs jax[cuda13], as smartdiff_jax[cuda] brings it
-    python benchmarks/compiled.py --model wan2.1-t2v-14b --size 1280x720x81 --mesh examples/mesh-4-gpus.yaml
+    python benchmarks/compiled.py --model wan2.1-t2v-14b --size 1280x720x81 --mesh examples/mesh-4gpu.yaml
     python benchmarks/compiled.py --model flux1-dev --xla xla_gpu_enable_triton_gemm=True
 
 XLA and ptxas are those of a GPU. Only what XLA chooses by measuring is not chosen, which of cuBLAS' algorithms a product takes.

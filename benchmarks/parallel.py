@@ -47,7 +47,7 @@ from smartdiff_jax.sharding.plan import plan_mesh  # noqa: E402
 from smartdiff_jax.sharding.ulysses import split_heads, split_sequence  # noqa: E402
 from smartdiff_jax.sharding.workload import Workload, mesh_of_numbers  # noqa: E402
 from smartdiff_jax.stages.decode import Decode  # noqa: E402
-from smartdiff_jax.stages.denoise import CHUNK_SECONDS, MAX_CHUNK, DenoiseLoop  # noqa: E402
+from smartdiff_jax.stages.denoise import DenoiseLoop, steps_of_chunk  # noqa: E402
 from smartdiff_jax.stages.guidance import GUIDANCE, combine_for  # noqa: E402
 from smartdiff_jax.weights.apart import apart  # noqa: E402
 from smartdiff_jax.weights.random_init import random_state  # noqa: E402
@@ -176,7 +176,7 @@ class Bench:
         before, known = peak_gb(mesh), set(map(id, mesh.devices.flat[0].client.live_executables()))
         first, carry = steps(1, carry)
         second, carry = steps(1, carry)
-        chunk = min(max(1, int(CHUNK_SECONDS / second)), MAX_CHUNK)
+        chunk = steps_of_chunk(second)
         seconds, empty = [], []
         for _ in range(self.repeats):
             of_one, carry = steps(chunk, carry)

@@ -115,7 +115,7 @@ class Linear(nnx.Module):
 def products(x: Features, *layers: Linear) -> tuple[Product, ...]:
     """What each of the layers gives of x, computed one after the other, the last first.
 
-    On a mesh values leave while keys are computed, and keys while queries are. XLA would have its own order, and all wait.
+    So on a mesh values leave while keys are computed, and keys while queries are, whatever order XLA would have.
     """
     made: list[Product] = []
     for layer in reversed(layers):

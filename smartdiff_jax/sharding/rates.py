@@ -58,5 +58,5 @@ HOPPER = Rates(
     reserved=6 * 10**8,  # assumed
     buffers=14 * 10**8,  # assumed
 )
-"""H100 and H200, whose arithmetic is alike. On two H100 these rates give steps of Wan2.1-1.3B to 4 %, of FLUX.1-dev
-to 2 % (docs/parallelism.md), with a kernel that serves the mesh at full speed."""
+"""H100 and H200, whose arithmetic is alike. On one and two H200 these rates give steps of Wan2.1-1.3B and FLUX.1-dev to 4 %
+(docs/parallelism.md), with a kernel that serves the mesh at full speed."""

@@ -259,6 +259,11 @@ class _Stack:
         return self.model.time_embedding(self.context)
 
 
+def steps_of_chunk(seconds: float) -> int:
+    """Steps of so many seconds each that are run before anybody looks."""
+    return min(max(1, int(CHUNK_SECONDS / seconds)), MAX_CHUNK)
+
+
 def denoise(
     loop: DenoiseLoop,
     experts: list[Expert],
@@ -311,8 +316,7 @@ def denoise(
                 carry = run(weights, carry, lo, hi, expert.first)
                 carry.tokens.block_until_ready()
             if chunk is None:
-                per_step = (time.perf_counter() - began) / (hi - lo)
-                length = min(max(1, int(CHUNK_SECONDS / per_step)), MAX_CHUNK)
+                length = steps_of_chunk((time.perf_counter() - began) / (hi - lo))
             estimate = None if before is None else clean(before, carry.tokens, sigmas[lo], sigmas[hi])
             lo = hi
             yield ChunkDone("denoise", lo, num_steps, carry, estimate)
